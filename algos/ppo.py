@@ -42,11 +42,12 @@ import time
 import warnings
 from collections import deque
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
 import gymnasium as gym
+import imageio
 import numpy as np
 import safetensors.torch
 import torch
@@ -56,8 +57,8 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-AUTO_DEVICE = "cpu"  # what --device auto means here: networks this small are faster on the CPU
-INIT, TRAIN, EVAL = 0, 1, 2  # purposes of random streams
+AUTO_DEVICE = "cpu"  # what --device auto means here
+TRAIN, EVAL = 0, 1  # purposes of random streams
 
 
 @dataclass
@@ -155,7 +156,7 @@ def layer_init(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
 class Agent(nn.Module):
     """Policy and value function: two networks, nothing shared."""
 
-    def __init__(self, envs: gym.vector.VectorEnv):
+    def __init__(self, envs: gym.vector.VectorEnv, args: Args):
         super().__init__()
         num_inputs, num_actions = envs.single_observation_space.shape[0], int(envs.single_action_space.n)
         self.actor = nn.Sequential(
@@ -186,7 +187,7 @@ class Agent(nn.Module):
 
 
 def gae(
-    values: Tensor, next_values: Tensor, rewards: Tensor, terminations: Tensor, dones: Tensor, gamma: float, lam: float
+    rewards: Tensor, values: Tensor, next_values: Tensor, terminations: Tensor, dones: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation, GAE eq. 16, with both kinds of episode end. All tensors are (T, N).
 
@@ -228,13 +229,16 @@ def normalize_advantages(advantages: Tensor) -> Tensor:
 
 
 def log_prob_and_entropy(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a categorical distribution: logits (B, A), actions (B,) -> (B,), (B,)."""
+    """Of a categorical distribution: logits (..., A), actions (...) -> (...), (...)."""
     logprobs = logits.log_softmax(-1)
     return logprobs.gather(-1, actions.unsqueeze(-1)).squeeze(-1), -(logprobs.exp() * logprobs).sum(-1)
 
 
+METRICS = "losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/approx_kl", "losses/clipfrac"
+
+
 def ppo_loss(agent: Agent, args: Args, obs, actions, logprobs, advantages, returns, values) -> tuple[Tensor, Tensor]:
-    """PPO eq. 9 on a minibatch of B rows. Returns the loss and (policy loss, value loss, entropy, KL, clip fraction).
+    """PPO eq. 9 on a minibatch of B rows. Returns the loss and the METRICS (5,).
 
     The approximate KL divergence is mean((ratio - 1) - log ratio): unbiased, never negative, and of low variance
     (http://joschu.net/blog/kl-approx.html).
@@ -263,7 +267,7 @@ def update(agent: Agent, optimizer: torch.optim.Optimizer, loss_fn, batch: tuple
         order = torch.randperm(rows, device=batch[0].device)
         shuffled = [x[order].split(rows // args.num_minibatches) for x in batch]
         epoch = []
-        for minibatch in zip(*shuffled):
+        for minibatch in zip(*shuffled, strict=True):
             loss, metrics = loss_fn(agent, args, *minibatch)
             optimizer.zero_grad()
             loss.backward()
@@ -273,8 +277,7 @@ def update(agent: Agent, optimizer: torch.optim.Optimizer, loss_fn, batch: tuple
         history.extend(epoch)
         if args.target_kl is not None and torch.stack(epoch)[:, 3].mean() > args.target_kl:
             break
-    names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")
-    return dict(zip((f"losses/{name}" for name in names), torch.stack(history).mean(0).tolist()))
+    return dict(zip(METRICS, torch.stack(history).mean(0).tolist(), strict=True))
 
 
 # -------------------------------------------------------------------------------------------------------- the run
@@ -307,29 +310,43 @@ def reseed(seed: int, *purpose: int, num_envs: int = 0) -> list[int]:
     return env_seeds
 
 
-def make_envs(args: Args, num_envs: int, render: bool = False) -> gym.vector.VectorEnv:
-    """Environments stepped in turn. An episode that ends restarts in the same step; info["final_obs"] has its end."""
+def start_envs(args: Args, seeds: list[int], render: bool = False) -> tuple[gym.vector.VectorEnv, np.ndarray]:
+    """One environment per seed, stepped in turn, and their first observations (N, D).
 
-    def thunk() -> gym.Env:
+    An episode that ends restarts in the same step: its last observation is in infos["final_obs"]. An environment that
+    does not fit ends the program.
+    """
+
+    def make() -> gym.Env:
         return gym.make(args.env_id, disable_env_checker=True, render_mode="rgb_array" if render else None)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            envs = gym.vector.SyncVectorEnv([thunk] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
+            envs = gym.vector.SyncVectorEnv([make] * len(seeds), autoreset_mode=AutoresetMode.SAME_STEP)
         except Exception as error:
-            known = difflib.get_close_matches(args.env_id, gym.registry, n=3)
-            hint = f" Near it: {', '.join(known)}." if known and isinstance(error, gym.error.UnregisteredEnv) else ""
-            hint = " Atari games are for ppo_atari.py." if args.env_id.startswith("ALE/") else hint
+            near = difflib.get_close_matches(args.env_id, gym.registry, n=3)
+            hint = f" Near it: {', '.join(near)}." if near and isinstance(error, gym.error.UnregisteredEnv) else ""
+            hint = " The script for Atari games is ppo_atari.py." if args.env_id.startswith("ALE/") else hint
             fail(f"cannot make the environment {args.env_id}: {' '.join(str(error).split())}{hint}")
-    space = envs.single_observation_space
-    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-        fail(f"{args.env_id} has observations {space}; this script takes vectors, a Box of one dimension")
-    if isinstance(envs.single_action_space, gym.spaces.Box):
+    obs_space, space = envs.single_observation_space, envs.single_action_space
+    if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
+        fail(f"{args.env_id} has observations {obs_space}; this script takes vectors, a Box of one dimension")
+    if isinstance(space, gym.spaces.Box):
         fail(f"{args.env_id} has continuous actions; the script for it is ppo_continuous.py")
-    if not isinstance(envs.single_action_space, gym.spaces.Discrete) or envs.single_action_space.start != 0:
-        fail(f"{args.env_id} has actions {envs.single_action_space}; this script takes Discrete(n), counted from 0")
-    return envs
+    if not isinstance(space, gym.spaces.Discrete) or space.start != 0:
+        fail(f"{args.env_id} has actions {space}; this script takes Discrete(n), counted from 0")
+    return envs, envs.reset(seed=seeds)[0]
+
+
+def to_tensor(obs: np.ndarray, args: Args) -> Tensor:
+    """Observations as the networks take them."""
+    return torch.from_numpy(obs).to(args.device, torch.float32)
+
+
+def frame(envs: gym.vector.VectorEnv, obs: np.ndarray) -> np.ndarray:
+    """A picture (H, W, 3) of the first environment."""
+    return envs.envs[0].render()
 
 
 def write_atomically(path: Path, write) -> None:
@@ -342,6 +359,10 @@ def write_atomically(path: Path, write) -> None:
     aside.replace(path)
 
 
+def write_json(path: Path, content: dict) -> None:
+    write_atomically(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
+
+
 def describe_run(args: Args) -> dict:
     """What args.json holds: every flag, and what the result may depend on besides."""
     packages = ("torch", "gymnasium", "ale-py", "mujoco", "Box2D", "numpy")
@@ -349,7 +370,7 @@ def describe_run(args: Args) -> dict:
     script = Path(__file__).resolve()
     git = ("git", "-C", script.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
         cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
     except (OSError, StopIteration):
         commit, cpu = "", platform.processor()
@@ -364,38 +385,38 @@ def describe_run(args: Args) -> dict:
         "cpu": cpu.partition(": ")[2] or cpu,
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if args.device == "cuda" else None,
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
 class Run:
-    """The run folder: all that a run leaves on disk, and what it needs to go on from there."""
+    """The run folder: what a run leaves on disk, and what it needs to go on from there."""
 
     def __init__(self, args: Args):
-        self.path = Path(args.run_dir)
-        self.checkpoint = read_checkpoint(self.path) if args.resume else None
-        saved = self.checkpoint or {"step": 0, "seconds": 0.0, "logs": {}}
+        self.path, self.args = Path(args.run_dir), args
+        self.checkpoint = read_checkpoint(self.path) if args.resume else {}
+        self.step = self.last_saved = self.checkpoint.get("step", 0)
+        logs = self.checkpoint.get("logs", {})
         try:
             if not args.resume:
                 self.path.mkdir(parents=True, exist_ok=True)
                 if any(self.path.iterdir()):
                     fail(f"{self.path} is not empty; --resume goes on with a run, --run-dir takes another folder")
-                text = json.dumps(describe_run(args), indent=2) + "\n"
-                write_atomically(self.path / "args.json", lambda file: file.write(text.encode()))
-            for log in (*self.path.glob("events.out.tfevents.*"), self.path / "episodes.csv"):
-                if log.exists():  # rows written after the checkpoint are written again
-                    os.truncate(log, min(saved["logs"].get(log.name, 0), log.stat().st_size))
+                write_json(self.path / "args.json", describe_run(args))
+            for log in (*self.path.glob("events.out.tfevents.*"), *self.path.glob("episodes.csv")):
+                os.truncate(log, min(logs.get(log.name, 0), log.stat().st_size))  # later rows are written again
             self.episodes = (self.path / "episodes.csv").open("a+", newline="")
+            self.writer = SummaryWriter(self.path, flush_secs=10)
         except OSError as error:
             fail(f"cannot write the run folder {self.path}: {error.strerror or error}")
         if self.episodes.tell() == 0:
             self.episodes.write("step,seconds,return,length\n")
         self.episodes.seek(0)
-        self.recent = deque((float(row["return"]) for row in csv.DictReader(self.episodes)), maxlen=100)
-        self.writer = SummaryWriter(self.path, flush_secs=10)
-        self.started = self.flushed = time.perf_counter()
-        self.started -= saved["seconds"]
-        self.first_step = self.step = saved["step"]
+        rows = deque(csv.DictReader(self.episodes), maxlen=100)
+        self.recent = deque(((float(row["return"]), int(row["length"])) for row in rows), maxlen=100)
+        self.returns, self.lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, np.int64)
+        self.flushed = time.perf_counter()
+        self.started = self.flushed - self.checkpoint.get("seconds", 0)
         self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit=" steps", unit_scale=True, disable=None)
 
     def seconds(self) -> float:
@@ -411,32 +432,44 @@ class Run:
             fail(f"{self.path}/checkpoint.pt does not fit this script: {str(error).splitlines()[0]}")
         return self.step
 
+    def save_is_due(self) -> bool:
+        every = self.args.checkpoint_every
+        return self.step // every > self.last_saved // every and self.step < self.args.total_timesteps
+
     def save(self, **parts) -> None:
-        """Write checkpoint.pt: the state of every named part, the step, and how long each log is now."""
+        """Write checkpoint.pt: the state of every named part, the step, and how long each log is by now.
+
+        The caller then starts the environments anew, as a resumed run has to; their running episodes are dropped.
+        """
         self.check_finite(*(p for part in parts.values() if isinstance(part, nn.Module) for p in part.parameters()))
         self.episodes.flush()
         self.writer.flush()
-        logs = {log.name: log.stat().st_size for log in (*self.path.glob("events.*"), self.path / "episodes.csv")}
+        logs = {log.name: log.stat().st_size for log in (*self.path.glob("events.*"), *self.path.glob("episodes.csv"))}
         state = {name: part.state_dict() for name, part in parts.items()}
         state |= {"step": self.step, "seconds": self.seconds(), "logs": logs}
         write_atomically(self.path / "checkpoint.pt", lambda file: torch.save(state, file))
+        self.last_saved = self.step
+        self.returns[:] = self.lengths[:] = 0
 
-    def episode(self, step: int, episode_return: float, length: int) -> None:
-        """A training episode has ended."""
-        self.recent.append(episode_return)
-        self.episodes.write(f"{step},{self.seconds():.2f},{episode_return},{length}\n")
+    def record(self, step: int, rewards: np.ndarray, dones: np.ndarray) -> None:
+        """Add a step of all environments, raw rewards (N,), to their episodes; those that ended become rows."""
+        self.returns += rewards
+        self.lengths += 1
+        if dones.any():
+            for i in np.flatnonzero(dones):
+                self.recent.append((float(self.returns[i]), int(self.lengths[i])))
+                self.episodes.write(f"{step},{self.seconds():.2f},{self.returns[i]},{self.lengths[i]}\n")
+            self.returns[dones] = self.lengths[dones] = 0
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Scalars for TensorBoard and the progress bar, once per update; a loss that is not finite ends the run."""
+        """Once per update: scalars for TensorBoard and the progress bar. A number that is not finite ends the run."""
         self.check_finite(torch.tensor(list(metrics.values())))
-        seconds = self.seconds()
-        metrics = {"charts/SPS": step / seconds} | metrics
         if self.recent:
-            metrics |= {"charts/episodic_return": sum(self.recent) / len(self.recent)}
-        for name, value in metrics.items():
+            mean_return, mean_length = np.mean(self.recent, axis=0).tolist()
+            metrics |= {"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}
+            self.bar.set_postfix_str(f"return {mean_return:.1f}", refresh=False)
+        for name, value in (metrics | {"charts/SPS": step / self.seconds()}).items():
             self.writer.add_scalar(name, value, step)
-        if self.recent:
-            self.bar.set_postfix_str(f"return {metrics['charts/episodic_return']:.1f}", refresh=False)
         self.bar.update(step - self.step)
         self.step = step
         if time.perf_counter() - self.flushed > 1:
@@ -446,19 +479,20 @@ class Run:
     def check_finite(self, *tensors: Tensor) -> None:
         if not all(tensor.isfinite().all() for tensor in tensors):
             self.bar.close()
-            fail(f"the loss or the weights are no longer finite after step {self.step}; {self.path} keeps its last "
-                 "checkpoint. A smaller --learning-rate may help", code=3)
+            hint = "its last checkpoint is kept; a smaller --learning-rate may help"
+            fail(f"{self.path} diverged after step {self.step}: loss or weights are not finite; {hint}", code=3)
 
-    def finish(self, args: Args, agent: nn.Module, device: torch.device) -> None:
+    def finish(self, agent: nn.Module) -> None:
         """Save the agent, evaluate it, write result.json and say where to look."""
+        seconds, args, path = self.seconds(), self.args, shlex.quote(str(self.path))
         self.bar.close()
         self.check_finite(*agent.parameters())
         self.episodes.close()
         self.writer.close()
-        seconds, tensors = self.seconds(), {name: x.contiguous() for name, x in agent.state_dict().items()}
+        tensors = {name: tensor.contiguous() for name, tensor in agent.state_dict().items()}
         write_atomically(self.path / "agent.safetensors", lambda file: file.write(safetensors.torch.save(tensors)))
-        final_return = sum(self.recent) / len(self.recent) if self.recent else None
-        returns = evaluate(args, agent, device)
+        returns = evaluate(args, agent)
+        final_return = float(np.mean(self.recent, axis=0)[0]) if self.recent else None
         result = {
             "final_return": final_return,
             "eval_return_mean": float(returns.mean()),
@@ -469,79 +503,70 @@ class Run:
             "sps": round(self.step / seconds, 1),
             "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
         }
-        text = json.dumps(result, indent=2) + "\n"
-        write_atomically(self.path / "result.json", lambda file: file.write(text.encode()))
-        trailing = "no episode ended" if final_return is None else f"{final_return:.1f}"
+        write_json(self.path / "result.json", result)
+        trailing = f"{final_return:.1f}" if self.recent else "none"
         print(
-            f"{args.env_id}, seed {args.seed}: {self.step:,} steps in {seconds:.1f} s ({self.step / seconds:,.0f}/s)\n"
-            f"training return (last 100 episodes): {trailing}\n"
-            f"evaluation return ({args.eval_episodes} episodes, greedy): {returns.mean():.1f} ± {returns.std():.1f}\n"
-            f"curves: tensorboard --logdir {shlex.quote(str(self.path))}\n"
-            f"film:   python {sys.argv[0]} --evaluate {shlex.quote(str(self.path))} --video"
+            f"{args.env_id}, seed {args.seed}: {self.step:,} steps in {seconds:.1f} s, {result['sps']:,.0f} a second\n"
+            f"training return, mean of the last {len(self.recent)} episodes: {trailing}\n"
+            f"evaluation return, {args.eval_episodes} episodes, greedy: {returns.mean():.1f} ± {returns.std():.1f}\n"
+            f"curves: tensorboard --logdir {path}\n"
+            f"film:   python {sys.argv[0]} --evaluate {path} --video"
         )
 
 
-def read_checkpoint(path: Path) -> dict | None:
-    """checkpoint.pt, read as data that can run no code; None if the run was stopped before its first one."""
+def read_checkpoint(path: Path) -> dict:
+    """checkpoint.pt, read as data that can run no code; empty if the run was stopped before its first one."""
     if not (path / "checkpoint.pt").exists():
-        return None
+        return {}
     try:
         checkpoint = torch.load(path / "checkpoint.pt", map_location="cpu", weights_only=True)
-        assert isinstance(checkpoint["step"], int) and checkpoint["seconds"] >= 0 and isinstance(checkpoint["logs"], dict)
+        if not (checkpoint["step"] > 0 and checkpoint["seconds"] >= 0 and checkpoint["logs"]["episodes.csv"] > 0):
+            raise ValueError("step, seconds or logs are out of range")
         return checkpoint
     except Exception as error:
-        fail(f"{path}/checkpoint.pt is damaged or not a checkpoint: {(str(error).splitlines() or [repr(error)])[0]}")
+        fail(f"{path}/checkpoint.pt is damaged or no checkpoint: {(str(error).splitlines() or [repr(error)])[0]}")
 
 
 @torch.inference_mode()
-def evaluate(args: Args, agent: nn.Module, device: torch.device) -> np.ndarray:
-    """Returns of `eval_episodes` greedy episodes, raw and undiscounted; `--video` films the first.
+def evaluate(args: Args, agent: nn.Module) -> np.ndarray:
+    """Raw undiscounted returns of `eval_episodes` greedy episodes; `--video` films the first.
 
-    Each episode has an environment of its own, so that short episodes are not counted more often than long ones. An
-    episode without an end is cut after 100,000 steps.
+    Each episode has an environment of its own, so that short ones are not counted more often than long ones. An episode
+    that does not end is cut after 100,000 steps.
     """
-    envs = make_envs(args, args.eval_episodes, render=args.video)
-    obs, _ = envs.reset(seed=reseed(args.seed, EVAL, num_envs=args.eval_episodes))
-    returns, running, frames = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, bool), []
+    envs, obs = start_envs(args, reseed(args.seed, EVAL, num_envs=args.eval_episodes), render=args.video)
+    returns, running, film = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, bool), None
+    if args.video:
+        path = Path(args.run_dir) / "videos" / f"evaluation-{args.seed}.mp4"
+        path.parent.mkdir(exist_ok=True)
+        film = imageio.get_writer(path, fps=envs.metadata.get("render_fps", 30), macro_block_size=2)
     for _ in range(100_000):
-        if args.video and running[0]:
-            frames.append(envs.envs[0].render())
-        obs, rewards, terminations, truncations, _ = envs.step(agent.act(to_tensor(obs, device)).cpu().numpy())
+        if film and running[0]:
+            film.append_data(frame(envs, obs))
+        obs, rewards, terminations, truncations, _ = envs.step(agent.act(to_tensor(obs, args)).cpu().numpy())
         returns += rewards * running
         running &= ~(terminations | truncations)
         if not running.any():
             break
-    if args.video:
-        film(Path(args.run_dir) / "videos" / f"evaluation-{args.seed}.mp4", frames, envs.metadata.get("render_fps", 30))
     envs.close()
+    if film:
+        film.close()
+        print(f"film of the first episode: {path}")
     return returns
 
 
 def evaluate_saved(args: Args) -> None:
-    """Play the agent of a finished run, and nothing but that: the run folder alone is enough."""
-    device, path = torch.device(args.device), Path(args.run_dir) / "agent.safetensors"
-    agent = Agent(make_envs(args, 1)).to(device)
+    """Play the agent of a finished run: its folder alone is enough."""
+    path = Path(args.run_dir) / "agent.safetensors"
+    agent = Agent(start_envs(args, [0])[0], args).to(args.device)
     try:
         agent.load_state_dict(safetensors.torch.load_file(path, device=args.device))
     except FileNotFoundError:
         fail(f"{args.run_dir} is not finished; --resume {args.run_dir} goes on with it")
     except Exception as error:
-        fail(f"{path} is damaged: {str(error).splitlines()[0]}")
-    returns = evaluate(args, agent, device)
+        fail(f"{path} is damaged or not this script's: {str(error).splitlines()[0]}")
+    returns = evaluate(args, agent)
     print(f"{args.env_id}, {len(returns)} episodes, greedy: {returns.mean():.1f} ± {returns.std():.1f}")
-
-
-def to_tensor(obs: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(obs).to(device, torch.float32)
-
-
-def film(path: Path, frames: list[np.ndarray], fps: float) -> None:
-    """Write frames (H, W, 3) as an mp4."""
-    import imageio
-
-    path.parent.mkdir(exist_ok=True)
-    imageio.mimwrite(path, frames, fps=fps, macro_block_size=2)
-    print(f"film:   {path}")
 
 
 def read_args(folder: str) -> dict:
@@ -586,7 +611,7 @@ def parse_args() -> Args:
     args.checkpoint_every = args.checkpoint_every or -(-args.total_timesteps // 10)
     if args.run_dir is None:
         name = f"{re.sub('[^A-Za-z0-9.-]+', '-', args.env_id)}__{Path(__file__).stem}__{args.seed}"
-        args.run_dir = f"runs/{name}__{datetime.now(timezone.utc):%Y%m%dT%H%M%S.%f}"[:-3] + "Z"
+        args.run_dir = f"runs/{name}__{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"[:-3] + "Z"
     return args
 
 
@@ -599,13 +624,12 @@ def train(args: Args) -> None:
     if T * N % args.num_minibatches:
         fail(f"--num-minibatches {args.num_minibatches} does not divide the batch, {N} environments * {T} steps")
     num_iterations = math.ceil(args.total_timesteps / (T * N))
-
-    reseed(args.seed, INIT)
-    envs = make_envs(args, N)
+    envs, next_obs = start_envs(args, reseed(args.seed, TRAIN, 0, num_envs=N))
     run = Run(args)
-    agent = Agent(envs).to(device)
+    agent = Agent(envs, args).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     global_step = run.restore(agent=agent, optimizer=optimizer)
+    restart = global_step > 0
     loss_fn = ppo_loss
     if args.compile:
         loss_fn = torch.compile(ppo_loss, mode="reduce-overhead" if args.device == "cuda" else "default")
@@ -616,59 +640,47 @@ def train(args: Args) -> None:
     actions = torch.zeros((T, N), dtype=torch.int64, device=device)
     rewards, terminations, dones = np.zeros((T, N), np.float32), np.zeros((T, N), bool), np.zeros((T, N), bool)
 
-    restart = True
     for iteration in range(global_step // (T * N), num_iterations):
-        if restart:
-            restart = False
-            next_obs, _ = envs.reset(seed=reseed(args.seed, TRAIN, global_step, num_envs=N))
-            obs[T] = to_tensor(next_obs, device)
-            episode_returns, episode_lengths = np.zeros(N), np.zeros(N, np.int64)
+        if restart:  # after a checkpoint, in a run that goes on and in one that is resumed alike: so both are the same
+            envs.close()
+            envs, next_obs = start_envs(args, reseed(args.seed, TRAIN, global_step, num_envs=N))
         learning_rate = args.learning_rate * (1 - iteration / num_iterations if args.anneal_lr else 1)
         optimizer.param_groups[0]["lr"] = learning_rate
 
         with torch.no_grad():
             # The rollout. argmax(logits + Gumbel noise) is a sample of softmax(logits).
-            obs[0] = obs[T]
             gumbel = -torch.empty_like(logits).exponential_().log()
+            obs[0] = to_tensor(next_obs, args)
             last_obs = []  # of the episodes that a time limit cut: (t, which environments, observations)
             for t in range(T):
                 logits[t] = agent.actor(obs[t])
                 actions[t] = (logits[t] + gumbel[t]).argmax(-1)
                 next_obs, reward, terminated, truncated, infos = envs.step(actions[t].cpu().numpy())
-                done = terminated | truncated
-                obs[t + 1] = to_tensor(next_obs, device)
-                rewards[t], terminations[t], dones[t] = reward, terminated, done
+                obs[t + 1] = to_tensor(next_obs, args)
+                rewards[t], terminations[t], dones[t] = reward, terminated, terminated | truncated
+                if truncated.any():
+                    last_obs.append((t, truncated.nonzero()[0], np.stack(infos["final_obs"][truncated])))
                 global_step += N
-                episode_returns += reward
-                episode_lengths += 1
-                if done.any():
-                    for i in np.flatnonzero(done):
-                        run.episode(global_step, float(episode_returns[i]), int(episode_lengths[i]))
-                    episode_returns[done] = episode_lengths[done] = 0
-                    if truncated.any():
-                        last_obs.append((t, truncated.nonzero()[0], np.stack(infos["final_obs"][truncated])))
+                run.record(global_step, reward, dones[t])
 
-            # Advantages. V of the state that each action led to is V of the next row, unless the episode was cut.
+            # Advantages. The state an action led to has the next row's value, unless the episode was cut there.
             values = agent.value(obs)
             next_values = values[1:].clone()
             for t, cut, cut_obs in last_obs:
-                next_values[t, cut] = agent.value(to_tensor(cut_obs, device))
-            rollout = (torch.from_numpy(x).to(device) for x in (rewards, terminations, dones))
-            advantages, returns = gae(values[:-1], next_values, *rollout, args.gamma, args.gae_lambda)
-            logprobs, _ = log_prob_and_entropy(logits.flatten(0, 1), actions.flatten())
+                next_values[t, cut] = agent.value(to_tensor(cut_obs, args))
+            values = values[:-1]
+            r, terminated, done = (torch.from_numpy(array).to(device) for array in (rewards, terminations, dones))
+            advantages, returns = gae(r, values, next_values, terminated, done, args.gamma, args.gae_lambda)
+            logprobs, _ = log_prob_and_entropy(logits, actions)
 
-        batch = (obs[:-1], actions, logprobs, advantages, returns, values[:-1])
-        batch = [logprobs if x is logprobs else x.flatten(0, 1) for x in batch]
+        batch = [x.flatten(0, 1) for x in (obs[:-1], actions, logprobs, advantages, returns, values)]
         metrics = update(agent, optimizer, loss_fn, batch, args)
         run.log(global_step, metrics | {"charts/learning_rate": learning_rate})
-        if global_step // args.checkpoint_every > (global_step - T * N) // args.checkpoint_every:
-            if iteration + 1 < num_iterations:
-                # The environments are made anew here and in a resumed run alike: both go on with the same bits.
-                run.save(agent=agent, optimizer=optimizer)
-                envs.close()
-                envs, restart = make_envs(args, N), True
+        restart = run.save_is_due()
+        if restart:
+            run.save(agent=agent, optimizer=optimizer)
     envs.close()
-    run.finish(args, agent, device)
+    run.finish(agent)
 
 
 def main() -> None:
@@ -685,7 +697,7 @@ def main() -> None:
             train(args)
     except KeyboardInterrupt:
         print(f"\nstopped; python {sys.argv[0]} --resume {shlex.quote(args.run_dir)} goes on", file=sys.stderr)
-        raise SystemExit(130)
+        raise SystemExit(130) from None
     except OSError as error:
         fail(f"{error}; what was saved is intact: --resume {shlex.quote(args.run_dir)} goes on")
 
