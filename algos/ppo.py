@@ -19,7 +19,11 @@ checkpoint restarts the environments and every random stream from (seed, step), 
 one that was never interrupted.
 
 What it does not do: images (`ppo_atari.py`), continuous actions (`ppo_continuous.py`), memory, action masks.
-Read next: `ppo_continuous.py`, whose diff with this file is what a Gaussian policy and normalisation take.
+Read next: `ppo_continuous.py`, whose diff with this file is what a Gaussian policy and normalisation take. Scores:
+the table in README.md.
+
+The file is long because it repeats all that a script needs to stand alone: from "the run" to "training", the text is
+the same in every file, and can be skipped by who reads for the algorithm.
 """
 
 import csv
@@ -352,11 +356,16 @@ def frame(envs: gym.vector.VectorEnv, obs: np.ndarray) -> np.ndarray:
 def write_atomically(path: Path, write) -> None:
     """`write(file)` to a file aside, then move it over `path`: at any moment `path` is the old file or the new."""
     aside = path.with_name(path.name + ".tmp")
-    with aside.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        with aside.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save wraps the error of a full disk in a RuntimeError
+        aside.unlink(missing_ok=True)
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        raise OSError(f"cannot write {path}: {cause}") from None
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -696,10 +705,10 @@ def main() -> None:
         else:
             train(args)
     except KeyboardInterrupt:
-        print(f"\nstopped; python {sys.argv[0]} --resume {shlex.quote(args.run_dir)} goes on", file=sys.stderr)
+        print(f"\nstopped; to go on: python {sys.argv[0]} --resume {shlex.quote(args.run_dir)}", file=sys.stderr)
         raise SystemExit(130) from None
     except OSError as error:
-        fail(f"{error}; what was saved is intact: --resume {shlex.quote(args.run_dir)} goes on")
+        fail(f"{error}; what was saved before is intact. To go on: --resume {shlex.quote(args.run_dir)}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,27 @@
 """Proximal policy optimisation (PPO) for Atari games.
 
-    python algos/ppo_atari.py --env-id ALE/Pong-v5                  # 10 million steps
+    python algos/ppo_atari.py --env-id ALE/Pong-v5                  # ten million steps
     python algos/ppo_atari.py --env-id ALE/Pong-v5 --total-timesteps 4000000
+    python algos/ppo_atari.py --resume runs/ALE-Pong-v5__ppo_atari__1__...
+    python algos/ppo_atari.py --evaluate runs/ALE-Pong-v5__ppo_atari__1__... --video
+
+Papers: Schulman et al. 2017, arXiv:1707.06347 ("PPO" below, whose Atari settings in table 5 are the defaults here, 3
+epochs included); Schulman et al. 2016, arXiv:1506.02438 ("GAE"); the network is the one of Mnih et al. 2015,
+Nature 518; the protocol follows Machado et al. 2018, arXiv:1709.06009.
+
+Protocol: `ALE/*-v5`, sticky actions with probability 0.25, the game's minimal action set, frame skip 4, 84 x 84
+grayscale, 4 frames stacked. What is reported is the raw score of whole games; only the learner sees the sign of the
+rewards. A lost life does not end an episode, as Machado et al. recommend; `--life-loss` makes it end one for the
+learner, while the game goes on.
+
+What to notice, coming from `ppo.py`: policy and value share their features, so values come with the actions instead
+of once per rollout; frames are turned into numbers once, when they arrive, with the channels last, and the
+convolutions run in bfloat16 by default (`--no-bf16`), while weights, heads and losses stay in float32.
+
+What it does not do: memory, other image environments than ALE. Scores: the table in README.md.
+
+The file is long because it repeats all that a script needs to stand alone: from "the run" to "training", the text is
+the same in every file, and can be skipped by who reads for the algorithm.
 """
 
 import csv
@@ -338,11 +358,16 @@ def frame(envs: gym.vector.VectorEnv, obs: np.ndarray) -> np.ndarray:
 def write_atomically(path: Path, write) -> None:
     """`write(file)` to a file aside, then move it over `path`: at any moment `path` is the old file or the new."""
     aside = path.with_name(path.name + ".tmp")
-    with aside.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        with aside.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save wraps the error of a full disk in a RuntimeError
+        aside.unlink(missing_ok=True)
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        raise OSError(f"cannot write {path}: {cause}") from None
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -687,10 +712,10 @@ def main() -> None:
         else:
             train(args)
     except KeyboardInterrupt:
-        print(f"\nstopped; python {sys.argv[0]} --resume {shlex.quote(args.run_dir)} goes on", file=sys.stderr)
+        print(f"\nstopped; to go on: python {sys.argv[0]} --resume {shlex.quote(args.run_dir)}", file=sys.stderr)
         raise SystemExit(130) from None
     except OSError as error:
-        fail(f"{error}; what was saved is intact: --resume {shlex.quote(args.run_dir)} goes on")
+        fail(f"{error}; what was saved before is intact. To go on: --resume {shlex.quote(args.run_dir)}")
 
 
 if __name__ == "__main__":

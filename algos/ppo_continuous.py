@@ -1,6 +1,31 @@
 """Proximal policy optimisation (PPO) for vector observations and continuous actions.
 
-    python algos/ppo_continuous.py
+    python algos/ppo_continuous.py                                  # HalfCheetah-v5, a million steps
+    python algos/ppo_continuous.py --env-id package:Name-v0         # any registered Gymnasium environment
+    python algos/ppo_continuous.py --resume runs/HalfCheetah-v5__ppo_continuous__1__...
+    python algos/ppo_continuous.py --evaluate runs/HalfCheetah-v5__ppo_continuous__1__... --video
+
+Pendulum has a short horizon and no use for the longer one of the defaults:
+
+    python algos/ppo_continuous.py --env-id Pendulum-v1 --total-timesteps 300000 PENDULUM_FLAGS
+
+Papers: Schulman et al. 2017, arXiv:1707.06347 ("PPO" below); Schulman et al. 2016, arXiv:1506.02438 ("GAE"). On top
+of what `ppo.py` has, this file has the details for continuous control that the papers leave out (Huang et al. 2022,
+"The 37 Implementation Details of Proximal Policy Optimization"): a Gaussian whose standard deviation is a parameter
+of its own, log-probabilities summed over the action's dimensions, clipped actions, observations normalised by running
+statistics and clipped, rewards scaled by the running deviation of the discounted return and clipped.
+
+What to notice, coming from `ppo.py`: the policy is a mean and a `log_std`; actions are in units of the action space
+(-1 is its lower bound, 1 its upper one), so that one initial `log_std` suits every environment; the statistics are
+buffers of the agent, saved with its weights, and change only between updates: the policy that is improved is the one
+that acted. A HalfCheetah episode never terminates, it is cut after 1000 steps: bootstrapping from its last
+observation (`gae`) is what lets the value function see that the future goes on.
+
+What differs from the usual implementation: as in `ppo.py`. What it does not do: images, discrete actions, squashed
+or state-dependent deviations. Read next: `ppo_atari.py`. Scores: the table in README.md.
+
+The file is long because it repeats all that a script needs to stand alone: from "the run" to "training", the text is
+the same in every file, and can be skipped by who reads for the algorithm.
 """
 
 import csv
@@ -266,12 +291,15 @@ def log_prob_and_entropy(mean: Tensor, log_std: Tensor, actions: Tensor) -> tupl
     return logprobs.sum(-1), entropy.expand(logprobs.shape[:-1])
 
 
-def discounted_returns(rewards: Tensor, dones: Tensor, start: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """R_t = r_t + gamma R_{t-1}, from zero at each episode's start: (T, N), (T, N), (N,) -> (T, N) and the last (N,).
+def discounted_returns(
+    rewards: np.ndarray, dones: np.ndarray, start: np.ndarray, gamma: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """R_t = r_t + gamma R_{t-1}, from zero at the start of each episode: (T, N), (T, N), (N,) -> (T, N), (N,).
 
-    The scale of this backward-looking return is the scale of the values; rewards are divided by it.
+    The scale of this backward-looking return is the scale of the values; rewards are divided by it. `start` is R
+    before the first row, and the second result is R for the next call.
     """
-    returns = torch.empty_like(rewards)
+    returns = np.empty_like(rewards)
     for t in range(len(rewards)):
         returns[t] = rewards[t] + gamma * start
         start = returns[t] * ~dones[t]
@@ -397,11 +425,16 @@ def frame(envs: gym.vector.VectorEnv, obs: np.ndarray) -> np.ndarray:
 def write_atomically(path: Path, write) -> None:
     """`write(file)` to a file aside, then move it over `path`: at any moment `path` is the old file or the new."""
     aside = path.with_name(path.name + ".tmp")
-    with aside.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        with aside.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save wraps the error of a full disk in a RuntimeError
+        aside.unlink(missing_ok=True)
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        raise OSError(f"cannot write {path}: {cause}") from None
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -683,14 +716,14 @@ def train(args: Args) -> None:
     obs = torch.zeros((T + 1, N, num_inputs), device=device)
     means = torch.zeros((T, N, num_actions), device=device)
     actions = torch.zeros((T, N, num_actions), device=device)
-    running_return = torch.zeros(N, device=device)
+    running_return = np.zeros(N, np.float32)
     rewards, terminations, dones = np.zeros((T, N), np.float32), np.zeros((T, N), bool), np.zeros((T, N), bool)
 
     for iteration in range(global_step // (T * N), num_iterations):
         if restart:  # after a checkpoint, in a run that goes on and in one that is resumed alike: so both are the same
             envs.close()
             envs, next_obs = start_envs(args, reseed(args.seed, TRAIN, global_step, num_envs=N))
-            running_return.zero_()
+            running_return[:] = 0
         learning_rate = args.learning_rate * (1 - iteration / num_iterations if args.anneal_lr else 1)
         optimizer.param_groups[0]["lr"] = learning_rate
 
@@ -719,8 +752,8 @@ def train(args: Args) -> None:
             values = values[:-1]
             r, terminated, done = (torch.from_numpy(array).to(device) for array in (rewards, terminations, dones))
             if args.norm_reward:
-                discounted, running_return = discounted_returns(r, done, running_return, args.gamma)
-                agent.return_stats.update(discounted.flatten())
+                discounted, running_return = discounted_returns(rewards, dones, running_return, args.gamma)
+                agent.return_stats.update(torch.from_numpy(discounted).to(device).flatten())
                 r = (r / (agent.return_stats.var + 1e-8).sqrt().float()).clamp(-10, 10)
             advantages, returns = gae(r, values, next_values, terminated, done, args.gamma, args.gae_lambda)
             logprobs, _ = log_prob_and_entropy(means, agent.log_std, actions)
@@ -750,10 +783,10 @@ def main() -> None:
         else:
             train(args)
     except KeyboardInterrupt:
-        print(f"\nstopped; python {sys.argv[0]} --resume {shlex.quote(args.run_dir)} goes on", file=sys.stderr)
+        print(f"\nstopped; to go on: python {sys.argv[0]} --resume {shlex.quote(args.run_dir)}", file=sys.stderr)
         raise SystemExit(130) from None
     except OSError as error:
-        fail(f"{error}; what was saved is intact: --resume {shlex.quote(args.run_dir)} goes on")
+        fail(f"{error}; what was saved before is intact. To go on: --resume {shlex.quote(args.run_dir)}")
 
 
 if __name__ == "__main__":

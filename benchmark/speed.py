@@ -25,6 +25,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -78,18 +79,15 @@ class Preset:
     note: str = ""
 
 
-CHEETAH = ("HalfCheetah-v5", "HalfCheetah-v4")
-MUJOCO_FLAGS = {"hidden_size": 64, "norm_obs": True, "norm_reward": True}
-MUJOCO_NOTE = "normalisation on both sides (SB3: VecNormalize)"
-ATARI_NOTE = "ours: sticky actions, ALE's native vector environment, bfloat16 convolutions (unless -- --no-bf16)"
+CHEETAH, PONG = ("HalfCheetah-v5", "HalfCheetah-v4"), ("PongNoFrameskip-v4",)
+CHEETAH_FLAGS, PONG_FLAGS = {"hidden_size": 64, "norm_obs": True, "norm_reward": True}, {"life_loss": True}
+PONG_NOTE = "; ours: sticky actions, ALE's native vector environment, bfloat16 convolutions (unless -- --no-bf16)"
 PRESETS = {
     "ppo": Preset("ppo.py", ("CartPole-v1",), (100_000, 500_000), (4, 128, 4, 4), {}),
     "ppo_continuous": Preset(
-        "ppo_continuous_action.py", CHEETAH, (50_000, 1_000_000), (1, 2048, 32, 10), MUJOCO_FLAGS, MUJOCO_NOTE
+        "ppo_continuous_action.py", CHEETAH, (50_000, 1_000_000), (1, 2048, 32, 10), CHEETAH_FLAGS
     ),
-    "ppo_atari": Preset(
-        "ppo_atari.py", ("PongNoFrameskip-v4",), (20_000, 10_000_000), (8, 128, 4, 4), {"life_loss": True}, ATARI_NOTE
-    ),
+    "ppo_atari": Preset("ppo_atari.py", PONG, (20_000, 10_000_000), (8, 128, 4, 4), PONG_FLAGS, PONG_NOTE),
 }
 
 PROBE = """
@@ -111,6 +109,7 @@ def episodes(local, _):
     for info in local["infos"]:
         if "episode" in info:
             print(f"global_step={local['self'].num_timesteps}, episodic_return={info['episode']['r']}")
+    return True  # go on
 
 job = json.loads(sys.argv[1])
 if job["atari"]:
@@ -248,8 +247,11 @@ def measure_until(side: Side, seed: int, steps: int | None, goal: float) -> dict
                 if len(recent) == 100 and np.mean(recent) >= goal:
                     return {"seed": seed, "steps": int(step), "seconds": start_up + float(second) if ours else now}
             if ended:
-                check(side, process, folder)
-                return {"seed": seed, "steps": None, "seconds": None}
+                output = check(side, process, folder)
+                if not recent:
+                    fail(f"{side.name} showed no episode", output)
+                print(f"{side.name} ended at step {step} with a mean of {np.mean(recent):.1f}", file=sys.stderr)
+                return {"seed": seed, "steps": int(step), "seconds": None}
             time.sleep(0.05)
 
 
@@ -275,23 +277,6 @@ def parse_args() -> tuple[Args, Preset | None, list[str]]:
     return args, preset, extra
 
 
-def describe(args: Args, preset: Preset | None, sides: list[Side], steps: int | None) -> None:
-    machine = sides[0].about
-    print(f"{args.script.name} on {machine['cpu']}, {machine['cores']} cores, {machine['gpu'] or 'no GPU used'}")
-    for side in sides:
-        threads = f"{side.about['torch_threads']} torch threads ({'given' if args.threads else 'its default'})"
-        versions = ", ".join(f"{name} {version}" for name, version in side.about["versions"].items() if version)
-        print(f"{side.name:8}{side.about['env_id']}, {threads}, {versions}")
-    if args.until is not None:
-        print(f"until   100 training episodes have a mean of {args.until:g}, each side at its own defaults")
-    elif args.peer:
-        num_envs, num_steps, num_minibatches, epochs = preset.work
-        work = f"{num_envs} environments x {num_steps} steps, {num_minibatches} minibatches, {epochs} epochs"
-        print(f"work    {work}; {steps:,} steps a run{f'. {preset.note}' if preset.note else ''}")
-    if (load := os.getloadavg()[0]) > 1.5:
-        print(f"warning: a load of {load:.1f} on this machine; only an idle one gives true numbers", file=sys.stderr)
-
-
 def columns(runs: dict[str, list[dict]], key: str) -> dict[str, np.ndarray]:
     """The measured numbers of each side, and the ratio of each pair: how many times as fast as the peer ours is."""
     found = {name: np.array([math.inf if x[key] is None else x[key] for x in rows]) for name, rows in runs.items()}
@@ -307,17 +292,31 @@ def form(value: float) -> str:
 
 
 def benchmark(args: Args, preset: Preset | None, extra: list[str]) -> None:
+    if (load := os.getloadavg()[0]) > 0.5:
+        print(f"warning: this machine has a load of {load:.1f}; only an idle one gives true numbers", file=sys.stderr)
     sides = [our_side(args, preset, extra)] + ([peer_side(args, preset)] if args.peer else [])
     rollout, steps, speed = (math.prod(preset.work[:2]) if args.peer else 1), args.total_timesteps, args.until is None
     if speed:  # whole rollouts, because one side would round up and another down
         steps = math.ceil((steps or preset.steps[0]) / rollout) * rollout
     for side in sides:
         measure_speed(side, 0, steps if speed else rollout)
-    describe(args, preset, sides, steps)
-    titles = {"sps": "training, steps/s", "process_seconds": "whole process, s"}
-    titles = titles if speed else {"seconds": "to the return, s"}
 
-    runs = {side.name: [] for side in sides}
+    machine = sides[0].about
+    print(f"{args.script.name} on {machine['cpu']}, {machine['cores']} cores, {machine['gpu'] or 'no GPU used'}")
+    for side in sides:
+        threads = f"torch threads {side.about['torch_threads']} ({'given' if args.threads else 'its default'})"
+        versions = {k: v for k, v in side.about["versions"].items() if v and k not in ("python", "numpy", "Box2D")}
+        print(f"{side.name:8}{side.about['env_id']}, {threads}, {', '.join(f'{k} {v}' for k, v in versions.items())}")
+    if not speed:
+        print(f"until   100 training episodes have a mean of {args.until:g}, each side at its own defaults")
+    elif args.peer:
+        print("work    {} environments x {} steps, {} minibatches, {} epochs".format(*preset.work) + preset.note)
+    if extra:
+        print(f"ours    besides has {shlex.join(extra)}")
+
+    runs, titles = {side.name: [] for side in sides}, {"seconds": "to the return, s"}
+    if speed:
+        titles = {"sps": "training, steps/s", "process_seconds": "whole process, s"}
     for seed in range(1, args.repeats + 1):
         for side in sides:
             run = measure_speed(side, seed, steps) if speed else measure_until(side, seed, steps, args.until)
@@ -325,7 +324,7 @@ def benchmark(args: Args, preset: Preset | None, extra: list[str]) -> None:
         newest = columns(runs, list(titles)[0]).items()
         print(f"run {seed:<4}" + "   ".join(f"{name} {form(x[-1]):8}" for name, x in newest), flush=True)
 
-    print(f"\n{'':26}{'min':>10}{'median':>10}{'max':>10}")
+    print(f"\n{'':26}{'min':>10}{'median':>10}{'max':>10}" + (f"   {steps:,} steps a run" if speed else ""))
     for key, title in titles.items():
         for name, x in columns(runs, key).items():
             print(f"{title:18}{name:8}" + "".join(f"{form(f(x)):>10}" for f in (np.min, np.median, np.max)))
