@@ -98,7 +98,7 @@ class Args:
     """parallel environments (N)"""
     num_steps: int = 128
     """steps of each environment per rollout (T)"""
-    learning_rate: float = 2.5e-4
+    learning_rate: float = 2e-3
     """learning rate of Adam at the start"""
     anneal_lr: bool = True
     """let the learning rate fall linearly towards 0"""
@@ -108,13 +108,13 @@ class Args:
     """lambda of the generalised advantage estimation"""
     num_minibatches: int = 4
     """minibatches per epoch"""
-    update_epochs: int = 4
+    update_epochs: int = 8
     """epochs over each rollout (K)"""
     norm_adv: bool = True
     """normalise the advantages of each minibatch"""
     clip_coef: float = 0.2
     """clipping range of the probability ratio (epsilon)"""
-    clip_vloss: bool = True
+    clip_vloss: bool = False
     """clip the value loss around the rollout's values, with the same range"""
     ent_coef: float = 0.01
     """weight of the entropy bonus (c2)"""
@@ -238,6 +238,11 @@ def log_prob_and_entropy(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tenso
     return logprobs.gather(-1, actions.unsqueeze(-1)).squeeze(-1), -(logprobs.exp() * logprobs).sum(-1)
 
 
+def explained_variance(values: Tensor, returns: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns): 1 for a perfect critic, 0 for one no better than a constant."""
+    return 1 - ((returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)).item()
+
+
 METRICS = "losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/approx_kl", "losses/clipfrac"
 
 
@@ -297,7 +302,7 @@ def check_limits(args: Args) -> None:
     """Every flag named in LIMITS lies in its range; None is a flag that is off."""
     for name, (low, high) in LIMITS.items():
         value = getattr(args, name)
-        if value is not None and not low <= value <= high:
+        if value is not None and not (isinstance(value, int | float) and low <= value <= high):
             fail(f"--{name.replace('_', '-')} is {value}; it takes values from {low} to {high}")
 
 
@@ -684,6 +689,7 @@ def train(args: Args) -> None:
 
         batch = [x.flatten(0, 1) for x in (obs[:-1], actions, logprobs, advantages, returns, values)]
         metrics = update(agent, optimizer, loss_fn, batch, args)
+        metrics |= {"losses/explained_variance": explained_variance(values, returns)}
         run.log(global_step, metrics | {"charts/learning_rate": learning_rate})
         restart = run.save_is_due()
         if restart:

@@ -245,6 +245,11 @@ def log_prob_and_entropy(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tenso
     return logprobs.gather(-1, actions.unsqueeze(-1)).squeeze(-1), -(logprobs.exp() * logprobs).sum(-1)
 
 
+def explained_variance(values: Tensor, returns: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns): 1 for a perfect critic, 0 for one no better than a constant."""
+    return 1 - ((returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)).item()
+
+
 METRICS = "losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/approx_kl", "losses/clipfrac"
 
 
@@ -305,7 +310,7 @@ def check_limits(args: Args) -> None:
     """Every flag named in LIMITS lies in its range; None is a flag that is off."""
     for name, (low, high) in LIMITS.items():
         value = getattr(args, name)
-        if value is not None and not low <= value <= high:
+        if value is not None and not (isinstance(value, int | float) and low <= value <= high):
             fail(f"--{name.replace('_', '-')} is {value}; it takes values from {low} to {high}")
 
 
@@ -691,6 +696,7 @@ def train(args: Args) -> None:
 
         batch = [x.flatten(0, 1) for x in (obs[:-1], actions, logprobs, advantages, returns, values[:-1])]
         metrics = update(agent, optimizer, loss_fn, batch, args)
+        metrics |= {"losses/explained_variance": explained_variance(values[:-1], returns)}
         run.log(global_step, metrics | {"charts/learning_rate": learning_rate})
         restart = run.save_is_due()
         if restart:

@@ -9,9 +9,9 @@ Each run is a process of its own, one at a time, after a warm-up of each side th
 Nothing else should be running on the machine.
 
 Speed (the default): alone, our script has its own defaults. With a peer the runs alternate, each pair gives a ratio,
-and our script does the peer's work: the rollouts, minibatches and epochs of CleanRL's ppo.py, ppo_continuous_action.py
-or ppo_atari.py. Stable-Baselines3 has no scripts; a few lines here call its PPO with the same numbers, or, with
---peer-defaults, both sides have those of its constructor. "Training" is without start-up and imports: ours by
+and our script is given the peer's hyperparameters: those of CleanRL's ppo.py, ppo_continuous_action.py or ppo_atari.py.
+Stable-Baselines3 has no scripts; a few lines here call its PPO with the same ones, or, with --peer-defaults, both sides
+have those of its constructor. "Training" is without start-up and imports: ours by
 result.json, CleanRL's by the last SPS it prints (all steps over the time since just before its first reset), SB3's
 around learn(). "Whole process" is from outside; of ours it includes saving the agent and one evaluation episode.
 
@@ -54,7 +54,7 @@ class Args:
     peer_python: str | None = None
     """Python interpreter that has what the peer needs"""
     peer_defaults: bool = False
-    """sb3: both sides do the work of its PPO's defaults instead of CleanRL's"""
+    """sb3: both sides have the hyperparameters of its PPO's constructor instead of CleanRL's"""
     until: float | None = None
     """measure the seconds to this return instead of the speed"""
     total_timesteps: int | None = None
@@ -75,20 +75,25 @@ class Preset:
     env_ids: tuple[str, ...]  # the first that the peer's Gymnasium knows
     steps: tuple[int, int]  # of a run that measures speed; of CleanRL's full run
     work: tuple[int, int, int, int]  # environments, steps, minibatches, epochs
+    learning: tuple[float, float, float]  # learning rate, clipping range, entropy bonus
     flags: dict  # of ours, besides
     note: str = ""
 
 
 CHEETAH, PONG = ("HalfCheetah-v5", "HalfCheetah-v4"), ("PongNoFrameskip-v4",)
-CHEETAH_FLAGS, PONG_FLAGS = {"hidden_size": 64, "norm_obs": True, "norm_reward": True}, {"life_loss": True}
+PONG_FLAGS, CHEETAH_FLAGS = {"life_loss": True}, {"hidden_size": 64, "log_std_init": 0.0, "norm_obs": True, "norm_reward": True}
 PONG_NOTE = "; ours: sticky actions, ALE's native vector environment, bfloat16 convolutions (unless -- --no-bf16)"
 PRESETS = {
-    "ppo": Preset("ppo.py", ("CartPole-v1",), (100_000, 500_000), (4, 128, 4, 4), {}),
+    "ppo": Preset("ppo.py", ("CartPole-v1",), (100_000, 500_000), (4, 128, 4, 4), (2.5e-4, 0.2, 0.01), {}),
     "ppo_continuous": Preset(
-        "ppo_continuous_action.py", CHEETAH, (50_000, 1_000_000), (1, 2048, 32, 10), CHEETAH_FLAGS
+        *("ppo_continuous_action.py", CHEETAH, (50_000, 1_000_000), (1, 2048, 32, 10), (3e-4, 0.2, 0.0)), CHEETAH_FLAGS
     ),
-    "ppo_atari": Preset("ppo_atari.py", PONG, (20_000, 10_000_000), (8, 128, 4, 4), PONG_FLAGS, PONG_NOTE),
+    "ppo_atari": Preset(
+        *("ppo_atari.py", PONG, (20_000, 10_000_000), (8, 128, 4, 4), (2.5e-4, 0.1, 0.01)), PONG_FLAGS, PONG_NOTE
+    ),
 }
+SB3_DEFAULTS = {"work": (1, 2048, 32, 10), "learning": (3e-4, 0.2, 0.0)}
+SHARED = {"gamma": 0.99, "gae_lambda": 0.95, "vf_coef": 0.5, "max_grad_norm": 0.5, "norm_adv": True, "target_kl": None}
 
 PROBE = """
 import importlib, json, sys, gymnasium, torch
@@ -119,6 +124,9 @@ if job["atari"]:
 else:
     env = make_vec_env(job["env_id"], job["num_envs"], job["seed"])
 env = VecNormalize(env) if job["normalize"] else env
+if job["own"]:
+    rate = job["own"]["learning_rate"]
+    job["own"]["learning_rate"] = lambda left: left * rate
 model = PPO("CnnPolicy" if job["atari"] else "MlpPolicy", env, seed=job["seed"], device=job["device"], **job["own"])
 started = time.perf_counter()
 model.learn(job["steps"], callback=episodes if job["print"] else None)
@@ -149,8 +157,9 @@ class Side:
 def our_side(args: Args, preset: Preset | None, extra: list[str]) -> Side:
     flags = {"eval_episodes": 1, "device": args.device} | ({"torch_threads": args.threads} if args.threads else {})
     if args.peer and args.until is None:
-        flags |= dict(zip(("num_envs", "num_steps", "num_minibatches", "update_epochs"), preset.work)) | preset.flags
-        flags |= {"target_kl": None, "norm_adv": True, "clip_vloss": not args.peer_defaults}
+        flags |= dict(zip(("num_envs", "num_steps", "num_minibatches", "update_epochs"), preset.work))
+        flags |= dict(zip(("learning_rate", "clip_coef", "ent_coef"), preset.learning)) | SHARED | preset.flags
+        flags |= {"anneal_lr": not args.peer_defaults, "clip_vloss": not args.peer_defaults}
 
     def command(seed: int, steps: int | None, folder: Path) -> list[str]:
         run = {"seed": seed, "run_dir": folder / "run"} | ({"total_timesteps": steps} if steps else {})
@@ -180,9 +189,9 @@ def peer_side(args: Args, preset: Preset) -> Side:
         return [python, str(args.peer_path.absolute() / "cleanrl" / preset.cleanrl), *to_flags(flags)]
 
     def sb3(seed: int, steps: int | None, folder: Path) -> list[str]:
-        num_envs, num_steps, num_minibatches, epochs = preset.work
+        (num_envs, num_steps, num_minibatches, epochs), (rate, clip, entropy) = preset.work, preset.learning
         own = {"n_steps": num_steps, "batch_size": num_envs * num_steps // num_minibatches, "n_epochs": epochs}
-        own |= {"clip_range_vf": 0.2}  # CleanRL clips the value loss, by default SB3 does not
+        own |= {"learning_rate": rate, "clip_range": clip, "clip_range_vf": clip, "ent_coef": entropy}
         job = {"env_id": about["env_id"], "seed": seed, "device": args.device, "steps": steps or preset.steps[1]}
         job |= {"atari": atari, "normalize": mujoco and not until, "print": until}
         job |= {"num_envs": 1, "own": {}} if until or args.peer_defaults else {"num_envs": num_envs, "own": own}
@@ -273,7 +282,7 @@ def parse_args() -> tuple[Args, Preset | None, list[str]]:
     if args.json and not args.json.absolute().parent.is_dir():
         fail(f"--json is {args.json}, in a folder that does not exist")
     if args.peer == "sb3" and args.peer_defaults:
-        preset = replace(preset, work=(1, 2048, 32, 10))
+        preset = replace(preset, **SB3_DEFAULTS)
     return args, preset, extra
 
 

@@ -1,0 +1,303 @@
+"""What the tests share: the list of scripts, a tiny run of each, and ways to start them."""
+
+import csv
+import importlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import environments
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
+TIMEOUT = 600  # seconds for any one process: a hang, whatever else the machine is doing
+
+environments.register()
+
+
+# ------------------------------------------------------------------------------------------- a tiny run of each script
+
+
+@dataclass
+class Family:
+    """What a script needs to run for a second: an environment that it takes, and the smallest sensible flags."""
+
+    suffix: str  # of the file name
+    env_id: str
+    misspelt: tuple[str, str]  # an id that does not exist, and the one near it
+    wrong_actions: tuple[str, str]  # an environment with the other kind of action, and the suffix of its scripts
+    wrong_spaces: list[str]  # environments that no script of this family takes
+    third_party: str | None  # an environment of the package that `third_party` writes
+    flags: dict = field(default_factory=dict)
+
+
+FAMILIES = [  # the first whose suffix fits; a new kind of script needs a row here, a new script of a known kind nothing
+    Family(
+        suffix="_atari",
+        env_id="ALE/Klax-v5",  # every policy ends it within 400 steps, a random one within 130
+        misspelt=("ALE/Pung-v5", "ALE/Pong-v5"),
+        wrong_actions=("CartPole-v1", ""),
+        wrong_spaces=["Pendulum-v1", "Test/Dict-v0"],
+        third_party=None,  # the games of ale-py are all there are
+        flags={"total_timesteps": 700, "checkpoint_every": 256, "num_envs": 2, "eval_episodes": 1, "bf16": False},
+    ),
+    Family(
+        suffix="_continuous",
+        env_id="Pendulum-v1",
+        misspelt=("Pendulun-v1", "Pendulum-v1"),
+        wrong_actions=("CartPole-v1", ""),
+        wrong_spaces=["Test/DictContinuous-v0", "Test/ImageContinuous-v0", "Test/Unbounded-v0", "Test/MultiDiscrete-v0"],
+        third_party="thirdparty:Continuous-v0",
+    ),
+    Family(
+        suffix="",
+        env_id="CartPole-v1",
+        misspelt=("CartPol-v1", "CartPole-v1"),
+        wrong_actions=("Pendulum-v1", "_continuous"),
+        wrong_spaces=["Test/Dict-v0", "Test/Image-v0", "Test/MultiDiscrete-v0", "Test/FromOne-v0"],
+        third_party="thirdparty:Discrete-v0",
+    ),
+]
+
+TINY = {  # each is passed to the scripts that have it; together, a run of half a second with three checkpoints
+    "seed": 1,
+    "total_timesteps": 6000,
+    "checkpoint_every": 1500,
+    "eval_episodes": 2,
+    "device": "cpu",
+    "torch_threads": 1,
+    "learning_rate": 1e-3,
+    # on-policy
+    "num_envs": 4,
+    "num_steps": 32,
+    "num_minibatches": 2,
+    "update_epochs": 2,
+    "hidden_size": 32,
+    # off-policy
+    "batch_size": 32,
+    "buffer_size": 2000,
+    "learning_starts": 500,
+}
+
+
+def family(script: str) -> Family:
+    return next(family for family in FAMILIES if script.endswith(family.suffix))
+
+
+def load(script: str) -> ModuleType:
+    return importlib.import_module(f"algos.{script}")
+
+
+def tiny(script: str, **changes) -> dict:
+    """The fields of a script's Args for a tiny run: TINY, the family's, and `changes` on top."""
+    known = {field.name for field in fields(load(script).Args)}
+    values = TINY | {"env_id": family(script).env_id} | family(script).flags | changes
+    return {name: value for name, value in values.items() if name in known}
+
+
+def make_args(script: str, **changes):
+    return load(script).Args(**tiny(script, **changes))
+
+
+def arguments(script: str, **changes) -> list[str]:
+    """The same as words of a command line."""
+    words = []
+    for name, value in tiny(script, **changes).items():
+        flag = name.replace("_", "-")
+        words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return words
+
+
+# --------------------------------------------------------------------------------------------------- starting a script
+
+
+def start(script: str, *words, cwd: Path, path: Path | None = None, before=None) -> subprocess.Popen:
+    """A script as a user starts it. `path` goes to PYTHONPATH; `before` is called in the child."""
+
+    def prepare():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+        if before:
+            before()
+
+    environment = os.environ | ({"PYTHONPATH": str(path)} if path else {})
+    return subprocess.Popen(
+        [sys.executable, ROOT / "algos" / f"{script}.py", *map(str, words)],
+        cwd=cwd,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=prepare,
+    )
+
+
+def finish(process: subprocess.Popen) -> SimpleNamespace:
+    """Wait for its end: code, out, err."""
+    try:
+        out, err = process.communicate(timeout=TIMEOUT)
+    finally:
+        process.kill()
+    return SimpleNamespace(code=process.returncode, out=out, err=err)
+
+
+def finish_well(process: subprocess.Popen) -> SimpleNamespace:
+    done = finish(process)
+    assert done.code == 0, done.err
+    return done
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    """Until the process has written this file."""
+    end = time.monotonic() + TIMEOUT
+    while not path.exists():
+        assert process.poll() is None, f"ended before it wrote {path}: {process.communicate()}"
+        assert time.monotonic() < end, f"no {path} after {TIMEOUT} s"
+        time.sleep(0.002)
+
+
+def kill(process: subprocess.Popen) -> None:
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "it ended before it could be killed"
+
+
+# ------------------------------------------------------------------------------------------------- reading a run folder
+
+
+def episodes(folder: Path) -> list[tuple[int, float, int]]:
+    """Rows of episodes.csv without the seconds: (step, return, length)."""
+    with (folder / "episodes.csv").open(newline="") as file:
+        return [(int(row["step"]), float(row["return"]), int(row["length"])) for row in csv.DictReader(file)]
+
+
+def bits(folder: Path) -> tuple[bytes, list]:
+    """What two runs of the same command have in common to the last bit."""
+    return (folder / "agent.safetensors").read_bytes(), episodes(folder)
+
+
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Every file of a folder: its bytes and when it was written."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
+
+
+def saved_agent(script: str, folder: Path, env_id: str | None = None):
+    """The agent of a finished run, and its Args, read as --evaluate reads them."""
+    module, args = load(script), make_args(script, run_dir=str(folder), env_id=env_id or family(script).env_id)
+    envs, _ = module.start_envs(args, [0])
+    agent = module.Agent(envs, args)
+    agent.load_state_dict(safetensors.torch.load_file(folder / "agent.safetensors"))
+    return agent, args
+
+
+# ------------------------------------------------------------------------------------------------------------- fixtures
+
+
+@pytest.fixture(autouse=True)
+def leave_no_trace():
+    """main() is made to be the only thing in a process: put back what it sets."""
+    handler, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", params=SCRIPTS)
+def script(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def finished(script, tmp_path_factory) -> SimpleNamespace:
+    """A finished run of each script; the same command once more; and the same with another seed."""
+    base = tmp_path_factory.mktemp(f"finished-{script}")
+    runs = {"folder": 1, "again": 1, "other_seed": 2}
+    commands = {name: arguments(script, seed=seed, run_dir=base / name) for name, seed in runs.items()}
+    processes = [start(script, *words, cwd=base) for words in commands.values()]
+    printed = [finish_well(process).out for process in processes]
+    return SimpleNamespace(base=base, words=commands["folder"], out=printed[0], **{name: base / name for name in runs})
+
+
+@pytest.fixture(scope="session")
+def unfinished(script, tmp_path_factory) -> Path:
+    """The same run, killed before its first checkpoint, resumed, and killed in an iteration after a checkpoint."""
+    base = tmp_path_factory.mktemp(f"unfinished-{script}")
+    process = start(script, *arguments(script, run_dir=base / "run"), cwd=base)
+    wait_for(base / "run" / "episodes.csv", process)
+    kill(process)
+    assert not (base / "run" / "checkpoint.pt").exists(), "it reached its first checkpoint before it could be killed"
+    process = start(script, "--resume", base / "run", cwd=base)
+    wait_for(base / "run" / "checkpoint.pt", process)
+    time.sleep(0.05)
+    kill(process)
+    assert not (base / "run" / "result.json").exists(), "it ended before it could be killed"
+    return base / "run"
+
+
+@pytest.fixture
+def copy(tmp_path_factory):
+    """copy(folder) -> a copy that may be damaged."""
+
+    def copy(folder: Path) -> Path:
+        return Path(shutil.copytree(folder, tmp_path_factory.mktemp("copy") / folder.name))
+
+    return copy
+
+
+@pytest.fixture
+def call(monkeypatch, capfd, tmp_path):
+    """call(script, *words) -> code, out, err: main() in this process, which saves the seconds of starting another."""
+
+    def call(script: str, *words) -> SimpleNamespace:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [f"algos/{script}.py", *map(str, words)])
+        capfd.readouterr()
+        code = 0
+        try:
+            load(script).main()
+        except SystemExit as end:
+            code = end.code
+        out, err = capfd.readouterr()
+        return SimpleNamespace(code=code, out=out, err=err)
+
+    return call
+
+
+@pytest.fixture
+def train(monkeypatch, tmp_path):
+    """train(script, **flags) -> the run folder; train() in this process, without a command line."""
+
+    def train(script: str, folder: str = "run", **flags) -> Path:
+        args = make_args(script, run_dir=str(tmp_path / folder), **flags)
+        args.checkpoint_every = args.checkpoint_every or args.total_timesteps
+        monkeypatch.setattr(sys, "argv", [f"algos/{script}.py"])
+        load(script).train(args)
+        return tmp_path / folder
+
+    return train
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    torch.manual_seed(0)
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def third_party(tmp_path_factory):
+    """A package somewhere on PYTHONPATH that registers two environments when it is imported."""
+    folder = tmp_path_factory.mktemp("packages")
+    shutil.copy(ROOT / "tests" / "environments.py", folder / "thirdparty.py")
+    return folder
