@@ -641,9 +641,9 @@ def train(args: Args) -> None:
         fail(f"--num-minibatches {args.num_minibatches} does not divide the batch, {N} environments * {T} steps")
     num_iterations = math.ceil(args.total_timesteps / (T * N))
     envs, next_obs = start_envs(args, reseed(args.seed, TRAIN, 0, num_envs=N))
-    run = Run(args)
     agent = Agent(envs, args).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    run = Run(args)
     global_step = run.restore(agent=agent, optimizer=optimizer)
     restart = global_step > 0
     loss_fn = ppo_loss

@@ -11,9 +11,9 @@ Nothing else should be running on the machine.
 Speed (the default): alone, our script has its own defaults. With a peer the runs alternate, each pair gives a ratio,
 and our script is given the peer's hyperparameters: those of CleanRL's ppo.py, ppo_continuous_action.py or ppo_atari.py.
 Stable-Baselines3 has no scripts; a few lines here call its PPO with the same ones, or, with --peer-defaults, both sides
-have those of its constructor. "Training" is without start-up and imports: ours by
-result.json, CleanRL's by the last SPS it prints (all steps over the time since just before its first reset), SB3's
-around learn(). "Whole process" is from outside; of ours it includes saving the agent and one evaluation episode.
+have those of its constructor. "Training" is without start-up and imports: ours by result.json, with its checkpoints;
+CleanRL's by the last SPS it prints (all steps over the time since just before its first reset); SB3's around learn().
+"Whole process" is from outside; of ours it includes saving the agent and one evaluation episode.
 
 --until RETURN: seconds from the start of the process until 100 training episodes have a mean of RETURN, each side at
 its own defaults: CleanRL at its script's, SB3 at its constructor's, with one environment and no normalisation. A peer's
@@ -81,7 +81,7 @@ class Preset:
 
 
 CHEETAH, PONG = ("HalfCheetah-v5", "HalfCheetah-v4"), ("PongNoFrameskip-v4",)
-PONG_FLAGS, CHEETAH_FLAGS = {"life_loss": True}, {"hidden_size": 64, "log_std_init": 0.0, "norm_obs": True, "norm_reward": True}
+CHEETAH_FLAGS = {"hidden_size": 64, "log_std_init": 0.0, "norm_obs": True, "norm_reward": True}
 PONG_NOTE = "; ours: sticky actions, ALE's native vector environment, bfloat16 convolutions (unless -- --no-bf16)"
 PRESETS = {
     "ppo": Preset("ppo.py", ("CartPole-v1",), (100_000, 500_000), (4, 128, 4, 4), (2.5e-4, 0.2, 0.01), {}),
@@ -89,7 +89,8 @@ PRESETS = {
         *("ppo_continuous_action.py", CHEETAH, (50_000, 1_000_000), (1, 2048, 32, 10), (3e-4, 0.2, 0.0)), CHEETAH_FLAGS
     ),
     "ppo_atari": Preset(
-        *("ppo_atari.py", PONG, (20_000, 10_000_000), (8, 128, 4, 4), (2.5e-4, 0.1, 0.01)), PONG_FLAGS, PONG_NOTE
+        *("ppo_atari.py", PONG, (20_000, 10_000_000), (8, 128, 4, 4), (2.5e-4, 0.1, 0.01), {"life_loss": True}),
+        PONG_NOTE,
     ),
 }
 SB3_DEFAULTS = {"work": (1, 2048, 32, 10), "learning": (3e-4, 0.2, 0.0)}
