@@ -5,9 +5,10 @@
     python algos/ppo_continuous.py --resume runs/HalfCheetah-v5__ppo_continuous__1__...
     python algos/ppo_continuous.py --evaluate runs/HalfCheetah-v5__ppo_continuous__1__... --video
 
-Pendulum's horizon is short and its rewards are dense, which allows for larger steps:
+Pendulum's horizon is short, its rewards are dense, and it has to be explored in larger swings:
 
-    python algos/ppo_continuous.py --env-id Pendulum-v1 --total-timesteps 300000 --learning-rate 1e-3 --gamma 0.95
+    python algos/ppo_continuous.py --env-id Pendulum-v1 --total-timesteps 300000 \
+        --learning-rate 1e-3 --gamma 0.95 --log-std-init -1
 
 Papers: Schulman et al. 2017, arXiv:1707.06347 ("PPO" below); Schulman et al. 2016, arXiv:1506.02438 ("GAE"). On top
 of what `ppo.py` has, this file has the details for continuous control that the papers leave out (Huang et al. 2022,
@@ -133,7 +134,7 @@ class Args:
     """divide rewards by the running standard deviation of the discounted return, and clip them to 10"""
     hidden_size: int = 128
     """width of the two hidden layers"""
-    log_std_init: float = -1.0
+    log_std_init: float = -2.0
     """logarithm of the policy's standard deviation at the start"""
 
 
