@@ -218,18 +218,18 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Te
 
 def value_loss(new_values: Tensor, values: Tensor, returns: Tensor, clip_coef: float | None) -> Tensor:
     """Half the mean squared error, (B,) -> scalar; with `clip_coef` the worse of plain and clipped around `values`."""
-    loss = (new_values - returns).square()
-    if clip_coef is not None:
-        clipped = values + (new_values - values).clamp(-clip_coef, clip_coef)
-        loss = torch.max(loss, (clipped - returns).square())
-    return 0.5 * loss.mean()
+    if clip_coef is None:
+        return 0.5 * nn.functional.mse_loss(new_values, returns)
+    clipped = values + (new_values - values).clamp(-clip_coef, clip_coef)
+    return 0.5 * torch.max((new_values - returns).square(), (clipped - returns).square()).mean()
 
 
 def normalize_advantages(advantages: Tensor) -> Tensor:
     """Zero mean and unit standard deviation; a single advantage has no deviation and stays as it is."""
     if len(advantages) == 1:
         return advantages
-    return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    std, mean = torch.std_mean(advantages)
+    return (advantages - mean) / (std + 1e-8)
 
 
 def log_prob_and_entropy(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:

@@ -271,25 +271,25 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Te
 
 def value_loss(new_values: Tensor, values: Tensor, returns: Tensor, clip_coef: float | None) -> Tensor:
     """Half the mean squared error, (B,) -> scalar; with `clip_coef` the worse of plain and clipped around `values`."""
-    loss = (new_values - returns).square()
-    if clip_coef is not None:
-        clipped = values + (new_values - values).clamp(-clip_coef, clip_coef)
-        loss = torch.max(loss, (clipped - returns).square())
-    return 0.5 * loss.mean()
+    if clip_coef is None:
+        return 0.5 * nn.functional.mse_loss(new_values, returns)
+    clipped = values + (new_values - values).clamp(-clip_coef, clip_coef)
+    return 0.5 * torch.max((new_values - returns).square(), (clipped - returns).square()).mean()
 
 
 def normalize_advantages(advantages: Tensor) -> Tensor:
     """Zero mean and unit standard deviation; a single advantage has no deviation and stays as it is."""
     if len(advantages) == 1:
         return advantages
-    return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    std, mean = torch.std_mean(advantages)
+    return (advantages - mean) / (std + 1e-8)
 
 
 def log_prob_and_entropy(mean: Tensor, log_std: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a Gaussian with independent dimensions: (..., A), (A,), (..., A) -> (...), (...)."""
-    logprobs = -0.5 * ((actions - mean) / log_std.exp()).square() - log_std - 0.5 * math.log(2 * math.pi)
-    entropy = (0.5 + 0.5 * math.log(2 * math.pi) + log_std).sum(-1)
-    return logprobs.sum(-1), entropy.expand(logprobs.shape[:-1])
+    """Of a Gaussian with independent dimensions: (..., A), (A,), (..., A) -> (...), and one entropy for all states."""
+    z, half_log_tau = (actions - mean) / log_std.exp(), 0.5 * math.log(2 * math.pi) * len(log_std)
+    log_std = log_std.sum()
+    return -0.5 * z.square().sum(-1) - log_std - half_log_tau, log_std + half_log_tau + 0.5 * actions.shape[-1]
 
 
 def discounted_returns(
