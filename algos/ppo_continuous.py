@@ -67,6 +67,7 @@ from tqdm import tqdm
 
 AUTO_DEVICE = "cpu"  # what --device auto means here: networks this small are faster on the CPU
 TRAIN, EVAL = 0, 1  # purposes of random streams
+UV = "uv run " if "UV" in os.environ else ""  # how a printed command has to begin
 
 
 @dataclass
@@ -576,6 +577,7 @@ class Run:
         tensors = {name: tensor.contiguous() for name, tensor in agent.state_dict().items()}
         write_atomically(self.path / "agent.safetensors", lambda file: file.write(safetensors.torch.save(tensors)))
         returns = evaluate(args, agent)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
         final_return = float(np.mean(self.recent, axis=0)[0]) if self.recent else None
         result = {
             "final_return": final_return,
@@ -585,7 +587,7 @@ class Run:
             "steps": self.step,
             "seconds": round(seconds, 2),
             "sps": round(self.step / seconds, 1),
-            "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+            "peak_memory_mb": round(memory, 1),
         }
         write_json(self.path / "result.json", result)
         trailing = f"{final_return:.1f}" if self.recent else "none"
@@ -593,8 +595,8 @@ class Run:
             f"{args.env_id}, seed {args.seed}: {self.step:,} steps in {seconds:.1f} s, {result['sps']:,.0f} a second\n"
             f"training return, mean of the last {len(self.recent)} episodes: {trailing}\n"
             f"evaluation return, {args.eval_episodes} episodes, greedy: {returns.mean():.1f} ± {returns.std():.1f}\n"
-            f"curves: tensorboard --logdir {path}\n"
-            f"film:   python {sys.argv[0]} --evaluate {path} --video"
+            f"curves: {UV}tensorboard --logdir {path}\n"
+            f"film:   {UV}python {sys.argv[0]} --evaluate {path} --video"
         )
 
 
@@ -618,6 +620,9 @@ def evaluate(args: Args, agent: nn.Module) -> np.ndarray:
     Each episode has an environment of its own, so that short ones are not counted more often than long ones. An episode
     that does not end is cut after 100,000 steps.
     """
+    if args.video and sys.platform == "linux":  # pictures without a screen
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+        os.environ.setdefault("MUJOCO_GL", "egl")
     envs, obs = start_envs(args, reseed(args.seed, EVAL, num_envs=args.eval_episodes), render=args.video)
     returns, running, film = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, bool), None
     if args.video:
@@ -790,7 +795,7 @@ def main() -> None:
         else:
             train(args)
     except KeyboardInterrupt:
-        print(f"\nstopped; to go on: python {sys.argv[0]} --resume {shlex.quote(args.run_dir)}", file=sys.stderr)
+        print(f"\nstopped; to go on: {UV}python {sys.argv[0]} --resume {shlex.quote(args.run_dir)}", file=sys.stderr)
         raise SystemExit(130) from None
     except OSError as error:
         fail(f"{error}; what was saved before is intact. To go on: --resume {shlex.quote(args.run_dir)}")
