@@ -41,6 +41,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import deque
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -361,6 +362,17 @@ def frame(envs: gym.vector.VectorEnv, obs: np.ndarray) -> np.ndarray:
     return np.repeat(obs[0, -1].repeat(4, 0).repeat(4, 1)[..., None], 3, -1)
 
 
+def check_video(args: Args) -> None:
+    """Make one picture, so that a film that is not possible is said before the run and not after it."""
+    if sys.platform == "linux":  # pictures without a screen
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    try:
+        frame(*start_envs(args, [0], render=True))
+    except Exception as error:
+        fail(f"{args.env_id} cannot be filmed: {' '.join(repr(error).split())}")
+
+
 def write_atomically(path: Path, write) -> None:
     """`write(file)` to a file aside, then move it over `path`: at any moment `path` is the old file or the new."""
     aside = path.with_name(path.name + ".tmp")
@@ -413,7 +425,10 @@ class Run:
         self.path, self.args = Path(args.run_dir), args
         self.checkpoint = read_checkpoint(self.path) if args.resume else {}
         self.step = self.last_saved = self.checkpoint.get("step", 0)
-        logs = self.checkpoint.get("logs", {})
+
+    def open(self) -> None:
+        """Write args.json, or cut the logs back to the checkpoint, and open them."""
+        args, logs = self.args, self.checkpoint.get("logs", {})
         try:
             if not args.resume:
                 self.path.mkdir(parents=True, exist_ok=True)
@@ -441,12 +456,16 @@ class Run:
         return time.perf_counter() - self.started
 
     def restore(self, **parts) -> int:
-        """Give every named part (module, optimiser, ...) its state from the checkpoint; returns the step."""
+        """Give every named part (module, optimiser, ...) its state from the checkpoint; returns the step.
+
+        Only then are the logs opened: a checkpoint that does not fit leaves the folder as it was.
+        """
         try:
             for name, part in parts.items() if self.checkpoint else ():
                 part.load_state_dict(self.checkpoint[name])
         except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
             fail(f"{self.path}/checkpoint.pt does not fit this script: {str(error).splitlines()[0]}")
+        self.open()
         return self.step
 
     def save_is_due(self) -> bool:
@@ -537,9 +556,12 @@ def read_checkpoint(path: Path) -> dict:
     if not (path / "checkpoint.pt").exists():
         return {}
     try:
-        checkpoint = torch.load(path / "checkpoint.pt", map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):
+            checkpoint = torch.load(path / "checkpoint.pt", map_location="cpu", weights_only=True)
         if not (checkpoint["step"] > 0 and checkpoint["seconds"] >= 0 and checkpoint["logs"]["episodes.csv"] > 0):
             raise ValueError("step, seconds or logs are out of range")
+        if (path / "episodes.csv").stat().st_size < checkpoint["logs"]["episodes.csv"]:
+            raise ValueError("episodes.csv has lost rows that were there when it was written")
         return checkpoint
     except Exception as error:
         fail(f"{path}/checkpoint.pt is damaged or no checkpoint: {(str(error).splitlines() or [repr(error)])[0]}")
@@ -552,9 +574,6 @@ def evaluate(args: Args, agent: nn.Module) -> np.ndarray:
     Each episode has an environment of its own, so that short ones are not counted more often than long ones. An episode
     that does not end is cut after 100,000 steps.
     """
-    if args.video and sys.platform == "linux":  # pictures without a screen
-        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-        os.environ.setdefault("MUJOCO_GL", "egl")
     envs, obs = start_envs(args, reseed(args.seed, EVAL, num_envs=args.eval_episodes), render=args.video)
     returns, running, film = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, bool), None
     if args.video:
@@ -595,7 +614,7 @@ def read_args(folder: str) -> dict:
     script = Path(__file__).name
     try:
         described = json.loads((Path(folder) / "args.json").read_text())
-        flags, maker, sha256 = described["args"], described["script"], described["sha256"]
+        flags, maker, sha256 = dict(described["args"]), described["script"], described["sha256"]
     except FileNotFoundError:
         fail(f"{folder} is not a run folder: it has no args.json")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -615,7 +634,8 @@ def parse_args() -> Args:
         fail("--resume and --evaluate exclude each other")
     if folder:
         saved = replace(Args(**read_args(folder)), run_dir=folder, resume=args.resume, evaluate=args.evaluate)
-        args = tyro.cli(Args, default=saved)
+        with warnings.catch_warnings(action="ignore"):  # of a flag of another type, which check_limits refuses
+            args = tyro.cli(Args, default=saved)
         changed = [name for name, value in asdict(args).items() if value != getattr(saved, name)]
         if args.resume and changed:
             fail(f"--resume goes on under the flags of the run; leave out --{changed[0].replace('_', '-')}")
@@ -718,12 +738,17 @@ def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.torch_threads)
     try:
+        if args.video:
+            check_video(args)
         if args.evaluate:
             evaluate_saved(args)
         else:
             train(args)
     except KeyboardInterrupt:
-        print(f"\nstopped; to go on: {UV}python {sys.argv[0]} --resume {shlex.quote(args.run_dir)}", file=sys.stderr)
+        folder = Path(args.run_dir)
+        is_unfinished = (folder / "args.json").exists() and not (folder / "result.json").exists()
+        hint = f"; to go on: {UV}python {sys.argv[0]} --resume {shlex.quote(args.run_dir)}" if is_unfinished else ""
+        print(f"\nstopped{hint}", file=sys.stderr)
         raise SystemExit(130) from None
     except OSError as error:
         fail(f"{error}; what was saved before is intact. To go on: --resume {shlex.quote(args.run_dir)}")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -37,7 +38,7 @@ class Family:
     misspelt: tuple[str, str]  # an id that does not exist, and the one near it
     wrong_actions: tuple[str, str]  # an environment with the other kind of action, and the suffix of its scripts
     wrong_spaces: list[str]  # environments that no script of this family takes
-    third_party: str | None  # an environment of the package that `third_party` writes
+    third_party: str | None  # of test_contract's third-party package
     flags: dict = field(default_factory=dict)
 
 
@@ -56,7 +57,7 @@ FAMILIES = [  # the first whose suffix fits; a new kind of script needs a row he
         env_id="Pendulum-v1",
         misspelt=("Pendulun-v1", "Pendulum-v1"),
         wrong_actions=("CartPole-v1", ""),
-        wrong_spaces=["Test/DictContinuous-v0", "Test/ImageContinuous-v0", "Test/Unbounded-v0", "Test/MultiDiscrete-v0"],
+        wrong_spaces=[f"Test/{x}-v0" for x in ("DictContinuous", "ImageContinuous", "Unbounded", "MultiDiscrete")],
         third_party="thirdparty:Continuous-v0",
     ),
     Family(
@@ -64,7 +65,7 @@ FAMILIES = [  # the first whose suffix fits; a new kind of script needs a row he
         env_id="CartPole-v1",
         misspelt=("CartPol-v1", "CartPole-v1"),
         wrong_actions=("Pendulum-v1", "_continuous"),
-        wrong_spaces=["Test/Dict-v0", "Test/Image-v0", "Test/MultiDiscrete-v0", "Test/FromOne-v0"],
+        wrong_spaces=[f"Test/{x}-v0" for x in ("Dict", "Image", "FromOne", "MultiDiscrete")],
         third_party="thirdparty:Discrete-v0",
     ),
 ]
@@ -265,12 +266,16 @@ def call(monkeypatch, capfd, tmp_path):
         monkeypatch.setattr(sys, "argv", [f"algos/{script}.py", *map(str, words)])
         capfd.readouterr()
         code = 0
-        try:
-            load(script).main()
-        except SystemExit as end:
-            code = end.code
+        with warnings.catch_warnings(record=True) as seen:  # pytest's filters show less than a process does
+            warnings.simplefilter("always")
+            for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+                warnings.simplefilter("ignore", category)
+            try:
+                load(script).main()
+            except SystemExit as end:
+                code = end.code
         out, err = capfd.readouterr()
-        return SimpleNamespace(code=code, out=out, err=err)
+        return SimpleNamespace(code=code, out=out, err=err + "".join(f"{warning.message}\n" for warning in seen))
 
     return call
 
@@ -293,11 +298,3 @@ def train(monkeypatch, tmp_path):
 def rng() -> np.random.Generator:
     torch.manual_seed(0)
     return np.random.default_rng(0)
-
-
-@pytest.fixture
-def third_party(tmp_path_factory):
-    """A package somewhere on PYTHONPATH that registers two environments when it is imported."""
-    folder = tmp_path_factory.mktemp("packages")
-    shutil.copy(ROOT / "tests" / "environments.py", folder / "thirdparty.py")
-    return folder

@@ -1,7 +1,5 @@
 """Environments whose truth is known: a counter, probes for learning, games without an emulator, and misfits."""
 
-import itertools
-
 import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
@@ -12,23 +10,19 @@ ACTIONS = {False: Discrete(2), True: Box(-1, 1, (1,), np.float32)}  # by `contin
 class Counter(gym.Env):
     """Observation (environment, episode, t). Environment i has episodes of 3 + i steps; every other one is cut.
 
-    It keeps its own books: `finished` (return, length), `steps`, and every action it was given. `made` lists all
-    counters since `start`, in the order in which they were made.
+    It keeps its own books: `finished` (return, length), `steps`, and every action it was given. `made` lists the
+    counters in the order in which they were made; a test empties it first.
     """
 
     made: list["Counter"] = []
 
-    def __init__(self, continuous: bool = False):
+    def __init__(self, continuous: bool = False, render_mode: str | None = None):
         self.observation_space = Box(0, np.inf, (3,), np.float32)
         low, high = np.array([-1, -2], np.float32), np.array([3, 0.5], np.float32)  # not symmetric, not alike
         self.action_space = Box(low, high) if continuous else Discrete(2)
         self.index, self.episode, self.t, self.over = len(self.made), -1, 0, True
         self.steps, self.total, self.finished, self.actions = 0, 0.0, [], []
         self.made.append(self)
-
-    @classmethod
-    def start(cls) -> None:
-        cls.made.clear()
 
     @property
     def length(self) -> int:
@@ -67,7 +61,7 @@ class Probe(gym.Env):
     endless     reward 1 for ever, cut after 5 steps: V = 1 / (1 - gamma), because a time limit is not an end
     """
 
-    def __init__(self, kind: str, continuous: bool = False):
+    def __init__(self, kind: str, continuous: bool = False, render_mode: str | None = None):
         self.kind, self.action_space = kind, ACTIONS[continuous]
         self.observation_space = Box(-1, 1, (1,), np.float32)
 
@@ -135,6 +129,16 @@ class FakeGames(gym.vector.VectorEnv):
     def close(self, **kwargs):
         pass
 
+    @classmethod
+    def install(cls, monkeypatch, module) -> None:
+        """Let a script's start_envs start these."""
+
+        def start_envs(args, seeds, **kwargs):
+            games = cls(len(seeds))
+            return games, games.reset()[0]
+
+        monkeypatch.setattr(module, "start_envs", start_envs)
+
 
 class FakeChoices(FakeGames):
     """Games of 8 steps: one of three bands of the picture is bright, and that action pays 7, the others -3."""
@@ -163,7 +167,7 @@ class FakeChoices(FakeGames):
 class Misfit(gym.Env):
     """An environment with the spaces it is given."""
 
-    def __init__(self, observation_space: gym.Space, action_space: gym.Space):
+    def __init__(self, observation_space: gym.Space, action_space: gym.Space, render_mode: str | None = None):
         self.observation_space, self.action_space = observation_space, action_space
 
     def reset(self, *, seed=None, options=None):
@@ -174,18 +178,21 @@ class Misfit(gym.Env):
         return self.observation_space.sample(), 0.0, False, False, {}
 
 
-def uninstalled():
+def uninstalled(**kwargs):
+    """What Gymnasium's own environments do when their extra is not installed."""
     raise gym.error.DependencyNotInstalled("the engine is missing,\nrun `pip install gymnasium[engine]`")
 
 
+PROBES = ("constant", "signal", "discount", "action", "match", "endless")
+
+
 def register() -> None:
-    """All of them as Test/..., the probes and the counter in both kinds."""
-    for continuous, kind in itertools.product((False, True), ("", "Continuous")):
-        if continuous == bool(kind):
-            gym.register(f"Test/Counter{kind}-v0", Counter, kwargs={"continuous": continuous})
-    for probe, continuous in itertools.product(PROBES, (False, True)):
-        name = f"Test/{probe.capitalize()}{'Continuous' if continuous else ''}-v0"
-        gym.register(name, Probe, kwargs={"kind": probe, "continuous": continuous})
+    """All of them as Test/Name-v0; the counter and the probes also as Test/NameContinuous-v0."""
+    for continuous, suffix in ((False, ""), (True, "Continuous")):
+        gym.register(f"Test/Counter{suffix}-v0", Counter, kwargs={"continuous": continuous})
+        for kind in PROBES:
+            name = f"Test/{kind.capitalize()}{suffix}-v0"
+            gym.register(name, Probe, kwargs={"kind": kind, "continuous": continuous})
     vector, picture, few = Box(-1, 1, (2,)), Box(0, 255, (96, 96, 3), np.uint8), Discrete(2)
     misfits = {
         "Dict": (Dict({"position": vector}), few),
@@ -199,7 +206,4 @@ def register() -> None:
     for name, (observation_space, action_space) in misfits.items():
         spaces = {"observation_space": observation_space, "action_space": action_space}
         gym.register(f"Test/{name}-v0", Misfit, kwargs=spaces)
-    gym.register("Test/Uninstalled-v0", lambda **_: uninstalled())
-
-
-PROBES = ("constant", "signal", "discount", "action", "match", "endless")
+    gym.register("Test/Uninstalled-v0", uninstalled)

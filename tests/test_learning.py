@@ -1,0 +1,157 @@
+"""Scripts learn: tiny problems with known answers first, then one small real environment with a threshold each."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import SCRIPTS, episodes, family, load, saved_agent
+from environments import FakeChoices
+
+PROBE_FLAGS = {  # enough for every probe, whatever the script's own defaults are
+    "total_timesteps": 6000,
+    "num_envs": 8,
+    "num_steps": 16,
+    "num_minibatches": 4,
+    "update_epochs": 8,
+    "learning_rate": 3e-3,
+    "anneal_lr": True,
+    "gamma": 0.5,
+    "gae_lambda": 0.9,
+    "ent_coef": 0.0,
+    "vf_coef": 0.5,
+    "clip_coef": 0.2,
+    "clip_vloss": False,
+    "max_grad_norm": 10.0,
+    "norm_adv": True,
+    "norm_obs": False,
+    "norm_reward": False,
+    "log_std_init": 0.0,
+    "checkpoint_every": 0,
+    "eval_episodes": 4,
+}
+
+REAL = {  # by suffix: environment, return that the mean of the last 100 training episodes reaches, flags
+    "": (
+        "CartPole-v1",
+        195,
+        {
+            "total_timesteps": 60_000,
+            "num_envs": 8,
+            "num_steps": 128,
+            "num_minibatches": 4,
+            "update_epochs": 8,
+            "learning_rate": 2e-3,
+            "clip_coef": 0.2,
+            "ent_coef": 0.01,
+            "gamma": 0.99,
+            "gae_lambda": 0.95,
+        },
+    ),
+    "_continuous": (
+        "Pendulum-v1",
+        -400,
+        {
+            "total_timesteps": 120_000,
+            "num_envs": 8,
+            "num_steps": 256,
+            "num_minibatches": 16,
+            "update_epochs": 10,
+            "learning_rate": 1e-3,
+            "clip_coef": 0.2,
+            "ent_coef": 0.0,
+            "gamma": 0.95,
+            "gae_lambda": 0.95,
+            "log_std_init": -0.5,
+            "hidden_size": 64,
+        },
+    ),
+}
+
+VECTOR = [name for name in SCRIPTS if family(name).suffix != "_atari"]
+ATARI = [name for name in SCRIPTS if family(name).suffix == "_atari"]
+
+
+@pytest.fixture
+def learn(train):
+    """learn(script, probe, **flags) -> value(x) and action(x) of the agent that was saved, at observation x.
+
+    Actions are from -1 (low) to 1 (high), also where they are discrete.
+    """
+
+    def learn(script: str, kind: str, **flags):
+        is_continuous = family(script).suffix == "_continuous"
+        env_id = f"Test/{kind.capitalize()}{'Continuous' * is_continuous}-v0"
+        agent, _ = saved_agent(script, train(script, env_id=env_id, **PROBE_FLAGS | flags), env_id)
+
+        @torch.no_grad()
+        def ask(method, x: float) -> float:
+            return method(torch.tensor([[x]])).item()
+
+        def action(x: float) -> float:
+            return ask(agent.act, x) if is_continuous else 2 * ask(agent.act, x) - 1
+
+        return lambda x: ask(agent.value, x), action
+
+    return learn
+
+
+@pytest.mark.parametrize("script", VECTOR)
+def test_value_of_a_constant_reward(script, learn):
+    value, _ = learn(script, "constant", total_timesteps=3000)
+    assert value(0.0) == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("script", VECTOR)
+def test_value_depends_on_the_observation(script, learn):
+    value, _ = learn(script, "signal")
+    assert value(1.0) == pytest.approx(1, abs=0.1)
+    assert value(-1.0) == pytest.approx(-1, abs=0.1)
+
+
+@pytest.mark.parametrize("script", VECTOR)
+def test_value_is_discounted(script, learn):
+    value, _ = learn(script, "discount", gamma=0.6)
+    assert value(0.0) == pytest.approx(0.6, abs=0.05)
+    assert value(1.0) == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("script", VECTOR)
+def test_value_looks_beyond_a_time_limit(script, learn):
+    """1 / (1 - gamma) = 5. Code that takes the cut after 5 steps for an end arrives near 2.9."""
+    value, _ = learn(script, "endless", gamma=0.8, num_steps=32, total_timesteps=10_000)
+    assert value(0.0) == pytest.approx(5, abs=0.3)
+
+
+@pytest.mark.parametrize("script", VECTOR)
+def test_policy_finds_the_better_action(script, learn):
+    _, action = learn(script, "action")
+    assert action(0.0) > 0.9
+
+
+@pytest.mark.parametrize("script", VECTOR)
+def test_policy_depends_on_the_observation(script, learn):
+    value, action = learn(script, "match")
+    assert action(1.0) > 0.8 and action(-1.0) < -0.8
+    assert value(1.0) > 0.3 and value(-1.0) > 0.3
+
+
+@pytest.mark.parametrize("script", VECTOR)
+def test_real_environment(script, train):
+    env_id, threshold, flags = REAL[family(script).suffix]
+    folder = train(script, env_id=env_id, checkpoint_every=0, eval_episodes=10, **flags)
+    last = [episode_return for _, episode_return, _ in episodes(folder)][-100:]
+    assert len(last) == 100 and np.mean(last) >= threshold
+
+
+@pytest.mark.parametrize("script", ATARI)
+def test_pictures(script, train, monkeypatch):
+    """Which of three bands of the picture is bright tells the action that pays: 8 steps at 7, by chance near 3."""
+    module, flags = load(script), {"num_envs": 8, "num_steps": 16, "total_timesteps": 3000, "learning_rate": 1e-3}
+    flags |= {"num_minibatches": 2, "update_epochs": 3, "gamma": 0.5, "clip_coef": 0.2, "ent_coef": 0.0}
+    FakeChoices.install(monkeypatch, module)
+    folder = train(script, env_id="ALE/Pong-v5", checkpoint_every=0, eval_episodes=4, **flags)
+    returns = [episode_return for _, episode_return, _ in episodes(folder)]
+    assert np.mean(returns[:20]) < 25 and np.mean(returns[-50:]) > 50
+    agent, args = saved_agent(script, folder, "ALE/Pong-v5")
+    games = FakeChoices(3)
+    games.right = np.arange(3)
+    assert agent.act(module.to_tensor(games.observe(), args)).tolist() == [0, 1, 2]
