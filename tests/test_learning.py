@@ -34,7 +34,7 @@ REAL = {  # by suffix: environment, return that the mean of the last 100 trainin
         "CartPole-v1",
         195,
         {
-            "total_timesteps": 60_000,
+            "total_timesteps": 40_000,
             "num_envs": 8,
             "num_steps": 128,
             "num_minibatches": 4,
@@ -50,10 +50,10 @@ REAL = {  # by suffix: environment, return that the mean of the last 100 trainin
         "Pendulum-v1",
         -400,
         {
-            "total_timesteps": 120_000,
+            "total_timesteps": 80_000,
             "num_envs": 8,
-            "num_steps": 256,
-            "num_minibatches": 16,
+            "num_steps": 128,
+            "num_minibatches": 8,
             "update_epochs": 10,
             "learning_rate": 1e-3,
             "clip_coef": 0.2,
