@@ -22,8 +22,8 @@ What it does not do: images (`ppo_atari.py`), continuous actions (`ppo_continuou
 Read next: `ppo_continuous.py`, whose diff with this file is what a Gaussian policy and normalisation take. Scores:
 the table in README.md.
 
-The file is long because it repeats all that a script needs to stand alone: from "the run" to "training", the text is
-the same in every file, and can be skipped by who reads for the algorithm.
+The file is long because it repeats all that a script needs to stand alone: from "the run" to "training" the text is
+the same in every file, but for `start_envs`, `to_tensor` and `frame`, and who reads for the algorithm can skip it.
 """
 
 import csv
@@ -44,6 +44,7 @@ import subprocess
 import sys
 import time
 import warnings
+import zipfile
 from collections import deque
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -52,6 +53,7 @@ from typing import Literal
 
 import gymnasium as gym
 import imageio
+import mujoco
 import numpy as np
 import safetensors.torch
 import torch
@@ -92,7 +94,7 @@ class Args:
     compile: bool = False
     """compile the loss with torch.compile (on a GPU into CUDA graphs)"""
     checkpoint_every: int = 0
-    """steps between checkpoints; 0 for a tenth of the run"""
+    """steps between checkpoints; 0 for a tenth of the run. Each cuts the running episodes, which then do not count"""
 
     # The algorithm
     num_envs: int = 8
@@ -208,7 +210,7 @@ def gae(
     decays = gamma * lam * ~dones
     advantages, following = torch.empty_like(deltas), torch.zeros_like(deltas[0])
     for t in reversed(range(len(deltas))):
-        following = torch.addcmul(deltas[t], decays[t], following, out=advantages[t])
+        advantages[t] = following = deltas[t] + decays[t] * following
     return advantages, advantages + values
 
 
@@ -283,9 +285,10 @@ def update(agent: Agent, optimizer: torch.optim.Optimizer, loss_fn, batch: tuple
             loss.backward()
             nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm, foreach=True)
             optimizer.step()
-            epoch.append(metrics.clone())
+            epoch.append(metrics.clone())  # a CUDA graph writes its next output into the same memory
         history.extend(epoch)
-        if args.target_kl is not None and torch.stack(epoch)[:, 3].mean() > args.target_kl:
+        approx_kl = torch.stack(epoch).mean(0)[METRICS.index("losses/approx_kl")]
+        if args.target_kl is not None and approx_kl > args.target_kl:
             break
     return dict(zip(METRICS, torch.stack(history).mean(0).tolist(), strict=True))
 
@@ -332,13 +335,16 @@ def start_envs(args: Args, seeds: list[int], render: bool = False) -> tuple[gym.
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        mujoco.set_mju_user_warning(lambda message: None)  # HalfCheetah's model warns each time, and into a file too
         try:
             envs = gym.vector.SyncVectorEnv([make] * len(seeds), autoreset_mode=AutoresetMode.SAME_STEP)
+            obs, _ = envs.reset(seed=seeds)
         except Exception as error:
             near = difflib.get_close_matches(args.env_id, gym.registry, n=3)
             hint = f" Near it: {', '.join(near)}." if near and isinstance(error, gym.error.UnregisteredEnv) else ""
             hint = " The script for Atari games is ppo_atari.py." if args.env_id.startswith("ALE/") else hint
-            fail(f"cannot make the environment {args.env_id}: {' '.join(str(error).split())}{hint}")
+            reason = " ".join(str(error).partition(" Did you mean")[0].split())
+            fail(f"cannot make the environment {args.env_id}: {reason}{hint}")
     obs_space, space = envs.single_observation_space, envs.single_action_space
     if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
         fail(f"{args.env_id} has observations {obs_space}; this script takes vectors, a Box of one dimension")
@@ -346,7 +352,7 @@ def start_envs(args: Args, seeds: list[int], render: bool = False) -> tuple[gym.
         fail(f"{args.env_id} has continuous actions; the script for it is ppo_continuous.py")
     if not isinstance(space, gym.spaces.Discrete) or space.start != 0:
         fail(f"{args.env_id} has actions {space}; this script takes Discrete(n), counted from 0")
-    return envs, envs.reset(seed=seeds)[0]
+    return envs, obs
 
 
 def to_tensor(obs: np.ndarray, args: Args) -> Tensor:
@@ -406,7 +412,7 @@ def describe_run(args: Args) -> dict:
         "script": script.name,
         "sha256": hashlib.sha256(script.read_bytes()).hexdigest(),
         "commit": commit.removesuffix("-dirty") or None,
-        "clean": bool(commit) and not commit.endswith("-dirty"),
+        "clean": not commit.endswith("-dirty") if commit else None,
         "versions": {"python": platform.python_version()} | {p: installed.get(p.lower()) for p in packages},
         "cpu": cpu.partition(": ")[2] or cpu,
         "cores": os.cpu_count(),
@@ -446,6 +452,7 @@ class Run:
         self.returns, self.lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, np.int64)
         self.flushed = time.perf_counter()
         self.started = self.flushed - self.checkpoint.get("seconds", 0)
+        print(f"run folder: {self.path}", flush=True)
         self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit=" steps", unit_scale=True, disable=None)
 
     def seconds(self) -> float:
@@ -476,12 +483,16 @@ class Run:
         """
         self.check_finite(*(p for part in parts.values() if isinstance(part, nn.Module) for p in part.parameters()))
         self.episodes.flush()
+        os.fsync(self.episodes.fileno())
         self.writer.flush()
         logs = {log.name: log.stat().st_size for log in (*self.path.glob("events.*"), *self.path.glob("episodes.csv"))}
         state = {name: part.state_dict() for name, part in parts.items()}
         state |= {"step": self.step, "seconds": self.seconds(), "logs": logs}
         write_atomically(self.path / "checkpoint.pt", lambda file: torch.save(state, file))
         self.last_saved = self.step
+        if self.bar.disable:  # no terminal: a sign of life for who reads the log
+            trailing = f"{np.mean(self.recent, axis=0)[0]:.1f}" if self.recent else "none yet"
+            print(f"{self.step:,} steps in {self.seconds():.0f} s, training return {trailing}", flush=True)
         self.returns[:] = self.lengths[:] = 0
 
     def record(self, step: int, rewards: np.ndarray, dones: np.ndarray) -> None:
@@ -503,6 +514,7 @@ class Run:
             self.bar.set_postfix_str(f"return {mean_return:.1f}", refresh=False)
         for name, value in (metrics | {"charts/SPS": step / self.seconds()}).items():
             self.writer.add_scalar(name, value, step)
+        self.bar.total = max(step, self.bar.total)  # the last rollout may end after --total-timesteps
         self.bar.update(step - self.step)
         self.step = step
         if time.perf_counter() - self.flushed > 1:
@@ -512,7 +524,8 @@ class Run:
     def check_finite(self, *tensors: Tensor) -> None:
         if not all(tensor.isfinite().all() for tensor in tensors):
             self.bar.close()
-            hint = "its last checkpoint is kept; a smaller --learning-rate may help"
+            hint = "its last checkpoint is kept. " if self.last_saved else ""
+            hint += "If all rewards and observations were finite, a smaller --learning-rate may help"
             fail(f"{self.path} diverged after step {self.step}: loss or weights are not finite; {hint}", code=3)
 
     def finish(self, agent: nn.Module) -> None:
@@ -554,6 +567,8 @@ def read_checkpoint(path: Path) -> dict:
         return {}
     try:
         with warnings.catch_warnings(action="ignore"):
+            if zipfile.ZipFile(path / "checkpoint.pt").testzip():
+                raise ValueError("a checksum is wrong")
             checkpoint = torch.load(path / "checkpoint.pt", map_location="cpu", weights_only=True)
         if not (checkpoint["step"] > 0 and checkpoint["seconds"] >= 0 and checkpoint["logs"]["episodes.csv"] > 0):
             raise ValueError("step, seconds or logs are out of range")
@@ -569,7 +584,7 @@ def evaluate(args: Args, agent: nn.Module) -> np.ndarray:
     """Raw undiscounted returns of `eval_episodes` greedy episodes; `--video` films the first.
 
     Each episode has an environment of its own, so that short ones are not counted more often than long ones. An episode
-    that does not end is cut after 100,000 steps.
+    that does not end is cut after 30,000 steps.
     """
     envs, obs = start_envs(args, reseed(args.seed, EVAL, num_envs=args.eval_episodes), render=args.video)
     returns, running, film = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, bool), None
@@ -577,7 +592,7 @@ def evaluate(args: Args, agent: nn.Module) -> np.ndarray:
         path = Path(args.run_dir) / "videos" / f"evaluation-{args.seed}.mp4"
         path.parent.mkdir(exist_ok=True)
         film = imageio.get_writer(path, fps=envs.metadata.get("render_fps", 30), macro_block_size=2)
-    for _ in range(100_000):
+    for _ in range(30_000):
         if film and running[0]:
             film.append_data(frame(envs, obs))
         obs, rewards, terminations, truncations, _ = envs.step(agent.act(to_tensor(obs, args)).cpu().numpy())
@@ -601,7 +616,7 @@ def evaluate_saved(args: Args) -> None:
     except FileNotFoundError:
         fail(f"{args.run_dir} is not finished; --resume {args.run_dir} goes on with it")
     except Exception as error:
-        fail(f"{path} is damaged or not this script's: {str(error).splitlines()[0]}")
+        fail(f"{path} is damaged, or its agent is not for {args.env_id}: {' '.join(str(error).split())[:200]}")
     returns = evaluate(args, agent)
     print(f"{args.env_id}, {len(returns)} episodes, greedy: {returns.mean():.1f} ± {returns.std():.1f}")
 
@@ -616,8 +631,10 @@ def read_args(folder: str) -> dict:
         fail(f"{folder} is not a run folder: it has no args.json")
     except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"{folder}/args.json is damaged: {error}")
-    if maker != script or set(flags) != set(Args.__dataclass_fields__):
-        fail(f"{folder} was made by {maker}, with other flags than this {script} has")
+    if maker != script:
+        fail(f"{folder} was made by {maker}, which is the script to use with it")
+    if set(flags) != set(Args.__dataclass_fields__):
+        fail(f"{folder} was made by another version of {script}, with other flags")
     if sha256 != hashlib.sha256(Path(__file__).read_bytes()).hexdigest():
         print(f"warning: {script} has changed since {folder} was begun; the result may differ", file=sys.stderr)
     return flags

@@ -14,6 +14,7 @@ import shlex
 import shutil
 import signal
 import time
+import zipfile
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -575,6 +576,15 @@ def widen(checkpoint: dict) -> None:
                 state[name] = torch.cat([tensor, tensor])
 
 
+def flip_a_bit(path: Path) -> None:
+    """In the middle of the largest stored tensor, where nothing but a checksum can tell."""
+    with zipfile.ZipFile(path) as archive:
+        record = max(archive.infolist(), key=lambda record: record.file_size)
+    data = bytearray(path.read_bytes())
+    data[record.header_offset + record.file_size // 2 + 200] ^= 1
+    path.write_bytes(data)
+
+
 def truncate(path: Path, size: float) -> None:
     os.truncate(path, int(path.stat().st_size * size))
 
@@ -595,6 +605,7 @@ DAMAGES = {  # what is wrong with a run folder: how it comes about, a word of th
     "no episodes.csv": (lambda x: (x / "episodes.csv").unlink(), "episodes.csv"),
     "checkpoint is cut": (lambda x: truncate(x / "checkpoint.pt", 0.5), "checkpoint.pt"),
     "checkpoint lacks its end": (lambda x: truncate(x / "checkpoint.pt", 0.999), "checkpoint.pt"),
+    "checkpoint has a flipped bit": (lambda x: flip_a_bit(x / "checkpoint.pt"), "checksum"),
     "checkpoint is empty": (lambda x: truncate(x / "checkpoint.pt", 0), "checkpoint.pt"),
     "checkpoint is text": (lambda x: (x / "checkpoint.pt").write_text("hello\n"), "checkpoint.pt"),
     "checkpoint is code": (lambda x: torch.save(Trap(x / "trap"), x / "checkpoint.pt"), "checkpoint.pt"),
