@@ -791,8 +791,8 @@ def train(args: Args) -> None:
                 run.record(global_step, reward, dones[t])
 
             # Advantages. The state an action led to has the next row's value, unless the episode was cut there.
-            x = agent.normalize(obs)
-            values = agent.value(x)
+            normed_obs = agent.normalize(obs)
+            values = agent.value(normed_obs)
             next_values = values[1:].clone()
             for t, cut, cut_obs in last_obs:
                 next_values[t, cut] = agent.value(agent.normalize(to_tensor(cut_obs, args)))
@@ -805,7 +805,7 @@ def train(args: Args) -> None:
             advantages, returns = gae(r, values, next_values, terminated, done, args.gamma, args.gae_lambda)
             logprobs, _ = log_prob_and_entropy(means, agent.log_std, actions)
 
-        batch = [x.flatten(0, 1) for x in (x[:-1], actions, logprobs, advantages, returns, values)]
+        batch = [x.flatten(0, 1) for x in (normed_obs[:-1], actions, logprobs, advantages, returns, values)]
         metrics = update(agent, optimizer, loss_fn, batch, args)
         if args.norm_obs:  # after the update: it has to see what the policy saw when it acted
             agent.obs_stats.update(obs[:-1].flatten(0, 1))
