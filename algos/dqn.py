@@ -100,7 +100,7 @@ class Args:
     num_envs: int = 4
     """parallel environments (N)"""
     buffer_size: int = 100_000
-    """transitions in the replay"""
+    """transitions in the replay; each end of an episode takes the place of one"""
     learning_starts: int = 1_000
     """steps before the first update; until then actions are random"""
     train_frequency: int = 8
@@ -205,7 +205,8 @@ class Replay:
         self.N, self.filled = envs.num_envs, 0  # rows that were ever written
         self.rows = self.N * (-(-capacity // self.N) + 2)
         self.obs = np.zeros((self.rows, *obs_space.shape), np.float32)
-        self.actions = np.zeros((self.rows, *action_space.shape), action_space.dtype)
+        action_type = action_space.dtype if isinstance(action_space, gym.spaces.Discrete) else np.float32
+        self.actions = np.zeros((self.rows, *action_space.shape), action_type)
         self.rewards = np.zeros(self.rows, np.float32)
         self.terminations = np.zeros(self.rows, bool)
         self.starts = np.zeros(self.rows, bool)
@@ -214,20 +215,25 @@ class Replay:
     def add(self, obs, actions, rewards, next_obs, terminations, dones) -> np.ndarray:
         """A step of all environments, each (N, ...); `next_obs` are the real last ones where an episode ended.
 
-        Returns the rows (N,) in which these transitions start.
+        Returns the rows (2N,) that it wrote: where these transitions start, and what they lead to.
         """
-        rows, after = self.heads, (self.heads + self.N) % self.rows
+        rows, after = self.heads, self.after(self.heads)
         self.obs[rows], self.obs[after] = obs, next_obs
         self.actions[rows], self.rewards[rows], self.terminations[rows] = actions, rewards, terminations
         self.starts[rows], self.starts[after] = True, False
         self.filled = max(self.filled, int(rows.max()) + 1)
-        self.heads = np.where(dones, after + self.N, after) % self.rows
-        return rows
+        self.heads = np.where(dones, self.after(after), after)
+        return np.concatenate([rows, after])
 
-    def cut(self) -> None:
-        """The environments were made anew: what they had reached gets rows of its own, as after an end."""
-        self.starts[self.heads] = False
-        self.heads = (self.heads + self.N) % self.rows
+    def after(self, rows: np.ndarray) -> np.ndarray:
+        """The next rows of the same environments."""
+        return (rows + self.N) % self.rows
+
+    def cut(self) -> np.ndarray:
+        """The environments were made anew: what they had reached gets rows of its own (N,), as after an end."""
+        rows, self.heads = self.heads, self.after(self.heads)
+        self.starts[rows] = False
+        return rows
 
     def sample(self, size: int) -> np.ndarray:
         """Rows (B,) drawn uniformly, with replacement, from those in which a transition starts."""
@@ -238,8 +244,8 @@ class Replay:
 
     def batch(self, rows: np.ndarray, device: str) -> list[Tensor]:
         """obs, actions, rewards, next_obs, terminations of the transitions that start in `rows` (B,)."""
-        next_obs = self.obs[(rows + self.N) % self.rows]
-        arrays = self.obs[rows], self.actions[rows], self.rewards[rows], next_obs, self.terminations[rows]
+        next_obs, terminations = self.obs[self.after(rows)], self.terminations[rows]
+        arrays = self.obs[rows], self.actions[rows], self.rewards[rows], next_obs, terminations
         return [torch.from_numpy(array).to(device) for array in arrays]
 
     def state_dict(self) -> dict:
@@ -247,11 +253,10 @@ class Replay:
         return arrays | {"filled": self.filled}
 
     def load_state_dict(self, state: dict) -> None:
-        for name, value in state.items():
-            if name == "filled":
-                self.filled = value
-            else:
-                np.copyto(getattr(self, name), value.numpy())
+        for name, value in vars(self).items():
+            if isinstance(value, np.ndarray):
+                np.copyto(value, state[name].numpy())
+        self.filled = state["filled"]
 
 
 @torch.no_grad()
@@ -697,7 +702,7 @@ def train(args: Args) -> None:
         replay.add(obs, actions, rewards, reached, terminations, dones)
         obs = next_obs
 
-        # Learn. A vector step may pass several multiples of train_frequency, or none.
+        # Learn. A vector step may pass several multiples of the two frequencies, or none.
         learning_rate = args.learning_rate * (1 - last_step / args.total_timesteps if args.anneal_lr else 1)
         if global_step > args.learning_starts:
             optimizer.param_groups[0]["lr"] = learning_rate
@@ -709,7 +714,7 @@ def train(args: Args) -> None:
                 loss.backward()
                 optimizer.step()
                 history.append(metrics.clone())  # a CUDA graph writes its next output into the same memory
-        if global_step // args.target_network_frequency > last_step // args.target_network_frequency:
+        for _ in range(global_step // args.target_network_frequency - last_step // args.target_network_frequency):
             update_target(target, agent, args.tau)
 
         if global_step // LOG_EVERY > last_step // LOG_EVERY or global_step >= args.total_timesteps:
@@ -717,7 +722,7 @@ def train(args: Args) -> None:
             history.clear()
             charts = {"charts/learning_rate": learning_rate, "charts/epsilon": epsilon}
             run.log(global_step, dict(zip(METRICS, means, strict=False)) | charts)
-        restart = run.save_is_due()
+        restart = run.save_is_due()  # only after a point of the curves, when `history` is empty
         if restart:
             run.save(agent=agent, target=target, optimizer=optimizer, replay=replay)
     envs.close()

@@ -215,16 +215,17 @@ def gae(
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
-    """PPO eq. 7, as a loss: the pessimistic of the plain and the clipped objective, (B,) -> scalar."""
-    return -torch.min(advantages * ratio, advantages * ratio.clamp(1 - clip_coef, 1 + clip_coef)).mean()
+    """PPO eq. 7 before the mean: the pessimistic of the plain and the clipped objective, (B,) -> (B,)."""
+    return torch.min(advantages * ratio, advantages * ratio.clamp(1 - clip_coef, 1 + clip_coef))
 
 
 def value_loss(new_values: Tensor, values: Tensor, returns: Tensor, clip_coef: float | None) -> Tensor:
-    """Half the mean squared error, (B,) -> scalar; with `clip_coef` the worse of plain and clipped around `values`."""
-    if clip_coef is None:
-        return 0.5 * nn.functional.mse_loss(new_values, returns)
-    clipped = values + (new_values - values).clamp(-clip_coef, clip_coef)
-    return 0.5 * torch.max((new_values - returns).square(), (clipped - returns).square()).mean()
+    """Half the squared error, (B,) -> (B,); with `clip_coef` the worse of plain and clipped around `values`."""
+    error = (new_values - returns).square()
+    if clip_coef is not None:
+        clipped = values + (new_values - values).clamp(-clip_coef, clip_coef)
+        error = torch.max(error, (clipped - returns).square())
+    return 0.5 * error
 
 
 def normalize_advantages(advantages: Tensor) -> Tensor:
@@ -246,48 +247,48 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
     return 1 - ((returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)).item()
 
 
-METRICS = "losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/approx_kl", "losses/clipfrac"
-
-
 def ppo_loss(agent: Agent, args: Args, obs, actions, logprobs, advantages, returns, values) -> tuple[Tensor, Tensor]:
-    """PPO eq. 9 on a minibatch of B rows. Returns the loss and the METRICS (5,).
+    """PPO eq. 9 on a minibatch of B rows, as a loss.
 
-    The approximate KL divergence is mean((ratio - 1) - log ratio): unbiased, never negative, and of low variance
-    (http://joschu.net/blog/kl-approx.html).
+    Returns it and, for the metrics of `update`, its parts: policy loss, value loss, entropy and log ratio, (4, B).
     """
     new_logprobs, entropy = log_prob_and_entropy(agent.actor(obs), actions)
     logratio = new_logprobs - logprobs
-    ratio = logratio.exp()
     if args.norm_adv:
         advantages = normalize_advantages(advantages)
-    pg_loss = clipped_surrogate(ratio, advantages, args.clip_coef)
+    policy_loss = -clipped_surrogate(logratio.exp(), advantages, args.clip_coef)
     v_loss = value_loss(agent.value(obs), values, returns, args.clip_coef if args.clip_vloss else None)
-    entropy = entropy.mean()
-    loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
-    with torch.no_grad():
-        approx_kl = (ratio - 1 - logratio).mean()
-        clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
-        metrics = torch.stack([pg_loss, v_loss, entropy, approx_kl, clipfrac])
-    return loss, metrics
+    loss = (policy_loss - args.ent_coef * entropy + args.vf_coef * v_loss).mean()
+    return loss, torch.stack([policy_loss, v_loss, entropy.expand_as(v_loss), logratio]).detach()
+
+
+METRICS = "losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/approx_kl", "losses/clipfrac"
 
 
 def update(agent: Agent, optimizer: torch.optim.Optimizer, loss_fn, batch: tuple, args: Args) -> dict[str, float]:
-    """`update_epochs` epochs of minibatch steps over one rollout: each tensor of `batch` has T * N rows."""
-    rows = len(batch[0])
+    """`update_epochs` epochs of minibatch steps over one rollout: each tensor of `batch` has T * N rows.
+
+    Returns the METRICS. The approximate KL divergence is mean((ratio - 1) - log ratio): unbiased, never negative, and
+    of low variance (http://joschu.net/blog/kl-approx.html).
+    """
+    rows, params = len(batch[0]), list(agent.parameters())
     history = []
     for _ in range(args.update_epochs):
         order = torch.randperm(rows, device=batch[0].device)
         shuffled = [x[order].split(rows // args.num_minibatches) for x in batch]
         epoch = []
         for minibatch in zip(*shuffled, strict=True):
-            loss, metrics = loss_fn(agent, args, *minibatch)
+            loss, parts = loss_fn(agent, args, *minibatch)
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm, foreach=True)
+            nn.utils.clip_grad_norm_(params, args.max_grad_norm, foreach=True)
             optimizer.step()
-            epoch.append(metrics.clone())  # a CUDA graph writes its next output into the same memory
-        history.extend(epoch)
-        approx_kl = torch.stack(epoch).mean(0)[METRICS.index("losses/approx_kl")]
+            epoch.append(parts.clone())  # a CUDA graph writes its next output into the same memory
+        policy_loss, v_loss, entropy, logratio = torch.cat(epoch, 1)
+        ratio = logratio.exp()
+        approx_kl = (ratio - 1 - logratio).mean()
+        clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
+        history.append(torch.stack([policy_loss.mean(), v_loss.mean(), entropy.mean(), approx_kl, clipfrac]))
         if args.target_kl is not None and approx_kl > args.target_kl:
             break
     return dict(zip(METRICS, torch.stack(history).mean(0).tolist(), strict=True))

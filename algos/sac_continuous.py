@@ -128,7 +128,7 @@ class Args:
 
     # Speed
     bf16: bool = False
-    """matrix products in bfloat16 (weights, losses and last layers' outputs stay in float32)"""
+    """matrix products in bfloat16 (weights, last layers and losses stay in float32)"""
 
 
 LIMITS = {  # flag: smallest and largest value
@@ -147,7 +147,7 @@ LIMITS = {  # flag: smallest and largest value
     "q_lr": (1e-12, 10),
     "gamma": (0, 1),
     "tau": (1e-12, 1),
-    "alpha": (0, math.inf),
+    "alpha": (1e-12, 1e12),
     "hidden_size": (1, 100_000),
 }
 
@@ -155,11 +155,19 @@ LIMITS = {  # flag: smallest and largest value
 # ------------------------------------------------------------------------------------------------------- networks
 
 
-def mlp(num_inputs: int, width: int, num_outputs: int) -> nn.Sequential:
-    """Two hidden layers."""
-    return nn.Sequential(
-        nn.Linear(num_inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, num_outputs)
-    )
+class MLP(nn.Sequential):
+    """Two hidden layers. The last layer stays in float32: bfloat16 has 8 bits, too few for values in the hundreds."""
+
+    def __init__(self, num_inputs: int, width: int, num_outputs: int):
+        hidden = nn.Linear(num_inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()
+        super().__init__(*hidden, nn.Linear(width, num_outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        *hidden, last = self
+        for layer in hidden:
+            x = layer(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return last(x.float())
 
 
 class Critics(nn.Module):
@@ -167,30 +175,31 @@ class Critics(nn.Module):
 
     def __init__(self, num_inputs: int, num_actions: int, width: int):
         super().__init__()
-        self.qf1 = mlp(num_inputs + num_actions, width, 1)
-        self.qf2 = mlp(num_inputs + num_actions, width, 1)
+        self.qf1 = MLP(num_inputs + num_actions, width, 1)
+        self.qf2 = MLP(num_inputs + num_actions, width, 1)
 
     def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
         """obs (B, D), actions (B, A) -> (2, B)."""
         x = torch.cat([obs, actions], -1)
-        return torch.stack([self.qf1(x), self.qf2(x)]).squeeze(-1).float()
+        return torch.stack([self.qf1(x), self.qf2(x)]).squeeze(-1)
 
 
 class Agent(nn.Module):
-    """Actor, critics and temperature. For the networks, actions are in [-1, 1] whatever the environment's bounds are."""
+    """Actor, critics and temperature. To them actions are in [-1, 1], whatever the bounds of the environment are."""
 
     def __init__(self, envs: gym.vector.VectorEnv, args: Args):
         super().__init__()
         num_inputs, space = envs.single_observation_space.shape[0], envs.single_action_space
-        self.register_buffer("center", torch.from_numpy((space.low + space.high) / 2))
-        self.register_buffer("half_range", torch.from_numpy((space.high - space.low) / 2))
-        self.actor = mlp(num_inputs, args.hidden_size, 2 * space.shape[0])
+        self.register_buffer("low", torch.from_numpy(space.low))
+        self.register_buffer("high", torch.from_numpy(space.high))
+        self.actor = MLP(num_inputs, args.hidden_size, 2 * space.shape[0])
         self.critics = Critics(num_inputs, space.shape[0], args.hidden_size)
-        self.log_alpha = nn.Parameter(torch.tensor(0.0 if args.autotune else math.log(args.alpha)))
+        log_alpha = torch.tensor(0.0 if args.autotune else math.log(args.alpha))
+        self.log_alpha = nn.Parameter(log_alpha, requires_grad=args.autotune)
 
     def policy(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and logarithm of the standard deviation before the squashing: obs (B, D) -> (B, A), (B, A)."""
-        mean, log_std = self.actor(obs).float().chunk(2, -1)
+        mean, log_std = self.actor(obs).chunk(2, -1)
         return mean, -5 + 3.5 * (log_std.tanh() + 1)
 
     def sample(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,8 +209,8 @@ class Agent(nn.Module):
         return u.tanh(), tanh_log_prob(u, noise, log_std)
 
     def to_env(self, actions: Tensor) -> Tensor:
-        """Actions in [-1, 1] -> in the environment's units."""
-        return self.center + self.half_range * actions
+        """Actions in [-1, 1] -> in the environment's units; its bounds are reached and never passed."""
+        return torch.lerp(self.low, self.high, (actions + 1).to(self.low.dtype) / 2)
 
     def act(self, obs: Tensor) -> Tensor:
         """The mode of the unsquashed Gaussian, in the environment's units: obs (N, D) -> (N, A)."""
@@ -236,7 +245,8 @@ class Replay:
         self.N, self.filled = envs.num_envs, 0  # rows that were ever written
         self.rows = self.N * (-(-capacity // self.N) + 2)
         self.obs = np.zeros((self.rows, *obs_space.shape), np.float32)
-        self.actions = np.zeros((self.rows, *action_space.shape), action_space.dtype)
+        action_type = action_space.dtype if isinstance(action_space, gym.spaces.Discrete) else np.float32
+        self.actions = np.zeros((self.rows, *action_space.shape), action_type)
         self.rewards = np.zeros(self.rows, np.float32)
         self.terminations = np.zeros(self.rows, bool)
         self.starts = np.zeros(self.rows, bool)
@@ -245,20 +255,25 @@ class Replay:
     def add(self, obs, actions, rewards, next_obs, terminations, dones) -> np.ndarray:
         """A step of all environments, each (N, ...); `next_obs` are the real last ones where an episode ended.
 
-        Returns the rows (N,) in which these transitions start.
+        Returns the rows (2N,) that it wrote: where these transitions start, and what they lead to.
         """
-        rows, after = self.heads, (self.heads + self.N) % self.rows
+        rows, after = self.heads, self.after(self.heads)
         self.obs[rows], self.obs[after] = obs, next_obs
         self.actions[rows], self.rewards[rows], self.terminations[rows] = actions, rewards, terminations
         self.starts[rows], self.starts[after] = True, False
         self.filled = max(self.filled, int(rows.max()) + 1)
-        self.heads = np.where(dones, after + self.N, after) % self.rows
-        return rows
+        self.heads = np.where(dones, self.after(after), after)
+        return np.concatenate([rows, after])
 
-    def cut(self) -> None:
-        """The environments were made anew: what they had reached gets rows of its own, as after an end."""
-        self.starts[self.heads] = False
-        self.heads = (self.heads + self.N) % self.rows
+    def after(self, rows: np.ndarray) -> np.ndarray:
+        """The next rows of the same environments."""
+        return (rows + self.N) % self.rows
+
+    def cut(self) -> np.ndarray:
+        """The environments were made anew: what they had reached gets rows of its own (N,), as after an end."""
+        rows, self.heads = self.heads, self.after(self.heads)
+        self.starts[rows] = False
+        return rows
 
     def sample(self, size: int) -> np.ndarray:
         """Rows (B,) drawn uniformly, with replacement, from those in which a transition starts."""
@@ -269,8 +284,8 @@ class Replay:
 
     def batch(self, rows: np.ndarray, device: str) -> list[Tensor]:
         """obs, actions, rewards, next_obs, terminations of the transitions that start in `rows` (B,)."""
-        next_obs = self.obs[(rows + self.N) % self.rows]
-        arrays = self.obs[rows], self.actions[rows], self.rewards[rows], next_obs, self.terminations[rows]
+        next_obs, terminations = self.obs[self.after(rows)], self.terminations[rows]
+        arrays = self.obs[rows], self.actions[rows], self.rewards[rows], next_obs, terminations
         return [torch.from_numpy(array).to(device) for array in arrays]
 
     def state_dict(self) -> dict:
@@ -278,11 +293,10 @@ class Replay:
         return arrays | {"filled": self.filled}
 
     def load_state_dict(self, state: dict) -> None:
-        for name, value in state.items():
-            if name == "filled":
-                self.filled = value
-            else:
-                np.copyto(getattr(self, name), value.numpy())
+        for name, value in vars(self).items():
+            if isinstance(value, np.ndarray):
+                np.copyto(value, state[name].numpy())
+        self.filled = state["filled"]
 
 
 @torch.no_grad()
@@ -315,11 +329,14 @@ def actor_loss(agent: Agent, args: Args, noise, obs):
     """SAC eq. 9 for the actor plus eq. 18 for the temperature, on B states.
 
     The actor minimises alpha log pi(a | s) - min_i Q_i(s, a). The temperature sees only how far the entropy is from
-    its target, -dim(A): alpha rises where the entropy is too small. Returns the loss and the ACTOR_METRICS (3,).
+    its target, -dim(A): alpha rises where the entropy is too small. The critics' weights are constants here: not to
+    compute their gradients saves a third of the work. Returns the loss and the ACTOR_METRICS (3,).
     """
     actions, logprobs = agent.sample(obs, noise)
     alpha = agent.log_alpha.exp()
-    pi_loss = (alpha.detach() * logprobs - agent.critics(obs, actions).amin(0)).mean()
+    weights = {name: weight.detach() for name, weight in agent.critics.named_parameters()}
+    q = torch.func.functional_call(agent.critics, weights, (obs, actions))
+    pi_loss = (alpha.detach() * logprobs - q.amin(0)).mean()
     entropy = -logprobs.detach().mean()
     alpha_loss = agent.log_alpha * (entropy + actions.shape[-1])
     return pi_loss + alpha_loss, torch.stack([pi_loss.detach(), entropy, alpha.detach()])
@@ -381,7 +398,7 @@ def start_envs(args: Args, seeds: list[int], render: bool = False) -> tuple[gym.
     if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
         fail(f"{args.env_id} has observations {obs_space}; this script takes vectors, a Box of one dimension")
     if isinstance(space, gym.spaces.Discrete):
-        fail(f"{args.env_id} has discrete actions; the script for it is ppo.py")
+        fail(f"{args.env_id} has discrete actions; the script for it is sac_discrete.py")
     if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or not space.is_bounded():
         fail(f"{args.env_id} has actions {space}; this script takes vectors with bounds, a Box of one dimension")
     return envs, obs
@@ -712,7 +729,6 @@ def train(args: Args) -> None:
     num_actions = envs.single_action_space.shape[0]
     agent = Agent(envs, args).to(device)
     target = deepcopy(agent.critics).requires_grad_(False)
-    policy_params = [*agent.actor.parameters(), *([agent.log_alpha] if args.autotune else [])]
     q_optimizer = torch.optim.Adam(agent.critics.parameters(), lr=args.q_lr, fused=True)
     actor_optimizer = torch.optim.Adam(
         [{"params": agent.actor.parameters(), "lr": args.policy_lr}, {"params": [agent.log_alpha], "lr": args.q_lr}],
@@ -769,10 +785,11 @@ def train(args: Args) -> None:
                 q_optimizer.zero_grad()
                 loss.backward()
                 q_optimizer.step()
+                critic_metrics = critic_metrics.clone()  # a CUDA graph writes its next output into the same memory
                 with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
                     loss, actor_metrics = actor_loss_fn(agent, args, noise[1], batch[0])
                 actor_optimizer.zero_grad()
-                loss.backward(inputs=policy_params)  # and not the critics' weights, which is a third of the work
+                loss.backward()
                 actor_optimizer.step()
                 update_target(target, agent.critics, args.tau)
                 history.append(torch.cat([critic_metrics, actor_metrics]))

@@ -4,16 +4,25 @@
     python benchmark/speed.py algos/ppo.py --peer cleanrl --peer-path CHECKOUT --peer-python VENV/bin/python
     python benchmark/speed.py algos/ppo.py --peer sb3 --peer-python VENV/bin/python --until 475 --json speed.json
     python benchmark/speed.py algos/ppo_atari.py --repeats 3 -- --no-bf16       # what follows -- goes to our script
+    python benchmark/speed.py algos/sac_continuous.py --repeats 1 --profile     # and where the time goes
 
 Each run is a process of its own, one at a time, after a warm-up of each side that is not counted; run i has seed i.
 Nothing else should be running on the machine.
 
 Speed (the default): alone, our script has its own defaults. With a peer the runs alternate, each pair gives a ratio,
-and our script is given the peer's hyperparameters: those of CleanRL's ppo.py, ppo_continuous_action.py or ppo_atari.py.
-Stable-Baselines3 has no scripts; a few lines here call its PPO with the same ones, or, with --peer-defaults, both sides
-have those of its constructor. "Training" is without start-up and imports: ours by result.json, with its checkpoints;
-CleanRL's by the last SPS it prints (all steps over the time since just before its first reset); SB3's around learn().
-"Whole process" is from outside; of ours it includes saving the agent and one evaluation episode.
+and our script is given the hyperparameters of CleanRL's script (PRESETS). Stable-Baselines3 has no scripts; a few lines
+here call its class with the same ones, or, with --peer-defaults (PPO), both sides have those of its constructor.
+"Training" is without start-up and imports: ours by result.json, with its checkpoints; CleanRL's by the last SPS it
+prints (all steps over the time since just before its first reset); SB3's around learn(). Where a replay is filled
+first, the steps before the first update do not count: ours is measured from the end of the first episode after it to
+the end of the last, which also leaves out the time in which --compile compiles; of a peer these steps are subtracted,
+and their time, a thousandth, is not. "Whole process" is from outside; of ours it includes saving the agent and one
+evaluation episode.
+
+--profile: one more run of ours, with a timer at the calls that part its loop. "environment" is envs.step; "acting" all
+that leads to it; "replay" adding and drawing transitions; "update" all that leads to a step of an optimiser or of a
+target network; "rest" statistics, curves, checkpoints. What happens once, such as compiling, is over by the time that
+the counting begins: after a tenth of the run, and after twice the steps before the first update.
 
 --until RETURN: seconds from the start of the process until 100 training episodes have a mean of RETURN, each side at
 its own defaults: CleanRL at its script's, SB3 at its constructor's, with one environment and no normalisation. A peer's
@@ -35,7 +44,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -55,6 +64,8 @@ class Args:
     """Python interpreter that has what the peer needs"""
     peer_defaults: bool = False
     """sb3: both sides have the hyperparameters of its PPO's constructor instead of CleanRL's"""
+    profile: bool = False
+    """show where our script spends its time"""
     until: float | None = None
     """measure the seconds to this return instead of the speed"""
     total_timesteps: int | None = None
@@ -74,27 +85,64 @@ class Preset:
     cleanrl: str  # the script that ours is compared with
     env_ids: tuple[str, ...]  # the first that the peer's Gymnasium knows
     steps: tuple[int, int]  # of a run that measures speed; of CleanRL's full run
-    work: tuple[int, int, int, int]  # environments, steps, minibatches, epochs
-    learning: tuple[float, float, float]  # learning rate, clipping range, entropy bonus
-    flags: dict  # of ours, besides
-    note: str = ""
+    flags: dict  # of ours, and of SB3's constructor as far as it has them: CleanRL's defaults
+    changed: tuple[str, ...] = ()  # but for these, which CleanRL's script is given too
+    sb3: dict = field(default_factory=dict)  # more arguments of SB3's constructor
+    note: str = ""  # what is not equal
 
 
-CHEETAH, PONG = ("HalfCheetah-v5", "HalfCheetah-v4"), ("PongNoFrameskip-v4",)
-CHEETAH_FLAGS = {"hidden_size": 64, "log_std_init": 0.0, "norm_obs": True, "norm_reward": True}
-PONG_NOTE = "; ours: sticky actions, ALE's native vector environment, bfloat16 convolutions (unless -- --no-bf16)"
+CARTPOLE, CHEETAH, PONG = ("CartPole-v1",), ("HalfCheetah-v5", "HalfCheetah-v4"), ("PongNoFrameskip-v4",)
+PPO = {"gamma": 0.99, "gae_lambda": 0.95, "vf_coef": 0.5, "max_grad_norm": 0.5, "norm_adv": True, "target_kl": None}
+PPO_1 = PPO | {"num_minibatches": 4, "update_epochs": 4, "ent_coef": 0.01, "anneal_lr": True, "clip_vloss": True}
+PPO_2 = PPO | {"num_envs": 1, "num_steps": 2048, "num_minibatches": 32, "update_epochs": 10}
+PPO_2 |= {"learning_rate": 3e-4, "clip_coef": 0.2, "ent_coef": 0.0}
+OFF_POLICY = {"num_envs": 1, "gradient_steps": 1, "anneal_lr": False, "gamma": 0.99}
 PRESETS = {
-    "ppo": Preset("ppo.py", ("CartPole-v1",), (100_000, 500_000), (4, 128, 4, 4), (2.5e-4, 0.2, 0.01), {}),
+    "ppo": Preset(
+        *("ppo.py", CARTPOLE, (100_000, 500_000)),
+        PPO_1 | {"num_envs": 4, "num_steps": 128, "learning_rate": 2.5e-4, "clip_coef": 0.2},
+    ),
     "ppo_continuous": Preset(
-        *("ppo_continuous_action.py", CHEETAH, (50_000, 1_000_000), (1, 2048, 32, 10), (3e-4, 0.2, 0.0)), CHEETAH_FLAGS
+        *("ppo_continuous_action.py", CHEETAH, (50_000, 1_000_000)),
+        PPO_2
+        | {"anneal_lr": True, "clip_vloss": True, "hidden_size": 64, "log_std_init": 0.0}
+        | {"norm_obs": True, "norm_reward": True},
     ),
     "ppo_atari": Preset(
-        *("ppo_atari.py", PONG, (20_000, 10_000_000), (8, 128, 4, 4), (2.5e-4, 0.1, 0.01), {"life_loss": True}),
-        PONG_NOTE,
+        *("ppo_atari.py", PONG, (20_000, 10_000_000)),
+        PPO_1 | {"num_envs": 8, "num_steps": 128, "learning_rate": 2.5e-4, "clip_coef": 0.1, "life_loss": True},
+        note="ours: sticky actions, ALE's native vector environment, bfloat16 convolutions (unless -- --no-bf16)",
+    ),
+    "dqn": Preset(
+        *("dqn.py", CARTPOLE, (100_000, 500_000)),
+        OFF_POLICY
+        | {"batch_size": 128, "train_frequency": 10, "target_network_frequency": 500, "tau": 1.0}
+        | {"buffer_size": 10_000, "learning_rate": 2.5e-4, "start_e": 1.0, "end_e": 0.05, "exploration_fraction": 0.5}
+        | {"learning_starts": 128, "hidden_size": 101},
+        changed=("learning_starts",),
+        sb3={"policy_kwargs": {"net_arch": [120, 84]}},
+        note="hidden layers: ours of 101 and 101, theirs of 120 and 84, as many weights; SB3 clips the gradient's norm",
+    ),
+    "sac_continuous": Preset(
+        *("sac_continuous_action.py", CHEETAH, (5_000, 1_000_000)),
+        OFF_POLICY
+        | {"batch_size": 256, "train_frequency": 1, "policy_lr": 3e-4, "q_lr": 1e-3, "tau": 0.005}
+        | {"buffer_size": 1_000_000, "autotune": True, "learning_starts": 256, "hidden_size": 256}
+        | {"checkpoint_every": 100_000},
+        changed=("learning_starts",),
+        note="CleanRL updates its actor twice every second step; ours saves no checkpoint, ten in a million steps",
     ),
 }
-SB3_DEFAULTS = {"work": (1, 2048, 32, 10), "learning": (3e-4, 0.2, 0.0)}
-SHARED = {"gamma": 0.99, "gae_lambda": 0.95, "vf_coef": 0.5, "max_grad_norm": 0.5, "norm_adv": True, "target_kl": None}
+SB3_NAMES = {  # our flag: what SB3's constructors call it, where that is another name
+    "num_steps": "n_steps",
+    "update_epochs": "n_epochs",
+    "clip_coef": "clip_range",
+    "policy_lr": "learning_rate",
+    "train_frequency": "train_freq",
+    "target_network_frequency": "target_update_interval",
+    "start_e": "exploration_initial_eps",
+    "end_e": "exploration_final_eps",
+}
 
 PROBE = """
 import importlib, json, sys, gymnasium, torch
@@ -106,8 +154,7 @@ print(json.dumps({"env_id": (known or [None])[0], "torch_threads": torch.get_num
 """
 
 SB3_DRIVER = """
-import json, sys, time, gymnasium
-from stable_baselines3 import PPO
+import inspect, json, sys, time, gymnasium, stable_baselines3
 from stable_baselines3.common.env_util import make_atari_env, make_vec_env
 from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
 
@@ -125,13 +172,77 @@ if job["atari"]:
 else:
     env = make_vec_env(job["env_id"], job["num_envs"], job["seed"])
 env = VecNormalize(env) if job["normalize"] else env
-if job["own"]:
-    rate = job["own"]["learning_rate"]
-    job["own"]["learning_rate"] = lambda left: left * rate
-model = PPO("CnnPolicy" if job["atari"] else "MlpPolicy", env, seed=job["seed"], device=job["device"], **job["own"])
+algorithm, policy = getattr(stable_baselines3, job["algorithm"]), "CnnPolicy" if job["atari"] else "MlpPolicy"
+own = {name: value for name, value in job["own"].items() if name in inspect.signature(algorithm).parameters}
+if job["anneal"]:
+    rate = own["learning_rate"]
+    own["learning_rate"] = lambda left: left * rate
+model = algorithm(policy, env, seed=job["seed"], device=job["device"], **own)
 started = time.perf_counter()
 model.learn(job["steps"], callback=episodes if job["print"] else None)
 print("SPS:", model.num_timesteps / (time.perf_counter() - started))
+"""
+
+PROFILER = """
+import functools, importlib.util, json, sys, time, torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+spent, last = dict.fromkeys(("environment", "acting", "replay", "update", "rest"), 0.0), 0.0
+first = None  # step at which the counting begins
+
+def mark(part):  # what has passed since the last mark went into this part
+    global last
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    now = time.perf_counter()
+    spent[part], last = spent[part] + now - last, now
+
+def mark_calls(owner, name, before, part):
+    function = getattr(owner, name)
+    @functools.wraps(function)
+    def marked(*args, **kwargs):
+        mark(before)
+        result = function(*args, **kwargs)
+        mark(part)
+        return result
+    setattr(owner, name, marked)
+
+sys.argv = sys.argv[1:]
+spec = importlib.util.spec_from_file_location("script", sys.argv[0])
+script = sys.modules["script"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+start_envs, record = script.start_envs, script.Run.record
+
+def start_marked_envs(*args, **kwargs):
+    envs, obs = start_envs(*args, **kwargs)
+    mark_calls(envs, "step", "acting", "environment")
+    return envs, obs
+
+def record_marked(run, step, *args):
+    global first
+    mark("acting")
+    record(run, step, *args)
+    mark("rest")
+    if first is None and step > max(run.args.total_timesteps / 10, 2 * getattr(run.args, "learning_starts", 0)):
+        first = step
+        spent.update(dict.fromkeys(spent, 0.0))
+
+def finish(run, agent):
+    mark("rest")
+    print(json.dumps({"steps": run.step - first, "spent": spent}))
+    raise SystemExit
+
+script.start_envs, script.Run.record, script.Run.finish = start_marked_envs, record_marked, finish
+mark_calls(script, "start_envs", "rest", "rest")
+mark_calls(script.Run, "log", "update", "rest")
+mark_calls(script.Run, "save", "rest", "rest")
+for owner in (x for name, x in list(vars(script).items()) if "Replay" in name and isinstance(x, type)):
+    for name in (x for x in vars(owner) if x in ("add", "sample", "batch") or x.startswith("update")):
+        mark_calls(owner, name, "replay", "replay")
+if hasattr(script, "update_target"):
+    mark_calls(script, "update_target", "update", "update")
+register_optimizer_step_post_hook(lambda *_: mark("update"))
+script.main()
 """
 
 
@@ -153,14 +264,13 @@ class Side:
     command: Callable[[int, int | None, Path], list[str]]  # of seed, steps (None: its own) and a folder to write in
     environment: dict[str, str]
     about: dict
+    learning_starts: int = 0  # steps of a peer before its first update
 
 
 def our_side(args: Args, preset: Preset | None, extra: list[str]) -> Side:
     flags = {"eval_episodes": 1, "device": args.device} | ({"torch_threads": args.threads} if args.threads else {})
     if args.peer and args.until is None:
-        flags |= dict(zip(("num_envs", "num_steps", "num_minibatches", "update_epochs"), preset.work))
-        flags |= dict(zip(("learning_rate", "clip_coef", "ent_coef"), preset.learning)) | SHARED | preset.flags
-        flags |= {"anneal_lr": not args.peer_defaults, "clip_vloss": not args.peer_defaults}
+        flags |= preset.flags
 
     def command(seed: int, steps: int | None, folder: Path) -> list[str]:
         run = {"seed": seed, "run_dir": folder / "run"} | ({"total_timesteps": steps} if steps else {})
@@ -171,7 +281,7 @@ def our_side(args: Args, preset: Preset | None, extra: list[str]) -> Side:
 
 def peer_side(args: Args, preset: Preset) -> Side:
     python, until = os.path.abspath(shutil.which(args.peer_python)), args.until is not None
-    atari, mujoco = "life_loss" in preset.flags, "norm_obs" in preset.flags
+    flags, atari, mujoco = preset.flags, preset.env_ids == PONG, preset.env_ids == CHEETAH
     environment = {"OMP_NUM_THREADS": str(args.threads)} if args.threads else {}
     environment |= {"PYTHONUNBUFFERED": "1"} if until else {}
     environment |= {"PYTHONPATH": str(args.peer_path.absolute())} if args.peer == "cleanrl" else {}
@@ -185,20 +295,25 @@ def peer_side(args: Args, preset: Preset) -> Side:
         fail(f"the Gymnasium of {args.peer_python} does not know {' or '.join(preset.env_ids)}")
 
     def cleanrl(seed: int, steps: int | None, folder: Path) -> list[str]:
-        flags = {"env_id": about["env_id"], "seed": seed, "cuda": args.device == "cuda"}
-        flags |= {"total_timesteps": steps} if steps else {}
-        return [python, str(args.peer_path.absolute() / "cleanrl" / preset.cleanrl), *to_flags(flags)]
+        own = {"env_id": about["env_id"], "seed": seed, "cuda": args.device == "cuda"}
+        own |= {"total_timesteps": steps} if steps else {}
+        own |= {} if until else {name: flags[name] for name in preset.changed}
+        return [python, str(args.peer_path.absolute() / "cleanrl" / preset.cleanrl), *to_flags(own)]
 
     def sb3(seed: int, steps: int | None, folder: Path) -> list[str]:
-        (num_envs, num_steps, num_minibatches, epochs), (rate, clip, entropy) = preset.work, preset.learning
-        own = {"n_steps": num_steps, "batch_size": num_envs * num_steps // num_minibatches, "n_epochs": epochs}
-        own |= {"learning_rate": rate, "clip_range": clip, "clip_range_vf": clip, "ent_coef": entropy}
-        job = {"env_id": about["env_id"], "seed": seed, "device": args.device, "steps": steps or preset.steps[1]}
-        job |= {"atari": atari, "normalize": mujoco and not until, "print": until}
-        job |= {"num_envs": 1, "own": {}} if until or args.peer_defaults else {"num_envs": num_envs, "own": own}
+        own = {SB3_NAMES.get(name, name): value for name, value in flags.items()} | preset.sb3
+        if "num_minibatches" in flags:
+            own["batch_size"] = flags["num_envs"] * flags["num_steps"] // flags["num_minibatches"]
+            own["clip_range_vf"] = flags["clip_coef"]
+        is_default = until or args.peer_defaults
+        job = {"algorithm": args.script.stem.split("_")[0].upper(), "env_id": about["env_id"], "device": args.device}
+        job |= {"seed": seed, "steps": steps or preset.steps[1], "print": until, "atari": atari}
+        job |= {"normalize": "norm_obs" in flags and not until, "anneal": flags["anneal_lr"] and not is_default}
+        job |= {"num_envs": 1, "own": {}} if is_default else {"num_envs": flags["num_envs"], "own": own}
         return [python, "-c", SB3_DRIVER, json.dumps(job)]
 
-    return Side(args.peer, cleanrl if args.peer == "cleanrl" else sb3, environment, about)
+    command = cleanrl if args.peer == "cleanrl" else sb3
+    return Side(args.peer, command, environment, about, flags.get("learning_starts", 0))
 
 
 @contextmanager
@@ -233,9 +348,36 @@ def measure_speed(side: Side, seed: int, steps: int) -> dict:
         if side.name == "ours":
             about, result = (json.loads((folder / "run" / x).read_text()) for x in ("args.json", "result.json"))
             side.about |= about | {x: about["args"][x] for x in ("env_id", "torch_threads")}
-            return {"seed": seed, "steps": result["steps"], "sps": result["sps"], "process_seconds": seconds}
+            sps = result["sps"]
+            if first := about["args"].get("learning_starts"):
+                rows = [row.split(",")[:2] for row in (folder / "run" / "episodes.csv").read_text().splitlines()[1:]]
+                ends = np.array([(step, second) for step, second in rows if int(step) > first], float)
+                if len(ends) < 2 or ends[-1, 1] == ends[0, 1]:
+                    fail("too few episodes ended after the first update; give it more --total-timesteps")
+                sps = float(np.divide(*(ends[-1] - ends[0])))
+            return {"seed": seed, "steps": result["steps"], "sps": sps, "process_seconds": seconds}
         printed = re.findall(r"^SPS: ([\d.]+)", output, re.M) or fail(f"{side.name} printed no SPS", output)
-        return {"seed": seed, "steps": steps, "sps": float(printed[-1]), "process_seconds": seconds}
+        sps = float(printed[-1]) + 0.5 * (side.name == "cleanrl")  # which cuts it to a whole number
+        return {
+            "seed": seed,
+            "steps": steps,
+            "sps": sps * (1 - side.learning_starts / steps),
+            "process_seconds": seconds,
+        }
+
+
+def show_profile(side: Side, steps: int) -> None:
+    def command(*run) -> list[str]:
+        python, *words = side.command(*run)
+        return [python, "-c", PROFILER, *words]
+
+    with running(replace(side, command=command), 1, steps) as (process, folder):
+        process.wait()
+        found = json.loads(check(side, process, folder).splitlines()[-1])
+    total = sum(found["spent"].values())
+    print(f"\nwhere the time goes{'share':>17}{'µs a step':>12}   with a timer: {found['steps'] / total:,.0f} steps/s")
+    for name, seconds in found["spent"].items():
+        print(f"{name:26}{seconds / total:>10.1%}{1e6 * seconds / found['steps']:>12.1f}")
 
 
 def measure_until(side: Side, seed: int, steps: int | None, goal: float) -> dict:
@@ -283,7 +425,9 @@ def parse_args() -> tuple[Args, Preset | None, list[str]]:
     if args.json and not args.json.absolute().parent.is_dir():
         fail(f"--json is {args.json}, in a folder that does not exist")
     if args.peer == "sb3" and args.peer_defaults:
-        preset = replace(preset, **SB3_DEFAULTS)
+        if not args.script.stem.startswith("ppo"):
+            fail("--peer-defaults is for the scripts of PPO")
+        preset = replace(preset, flags=preset.flags | PPO_2 | {"anneal_lr": False, "clip_vloss": False})
     return args, preset, extra
 
 
@@ -305,7 +449,8 @@ def benchmark(args: Args, preset: Preset | None, extra: list[str]) -> None:
     if (load := os.getloadavg()[0]) > 0.5:
         print(f"warning: this machine has a load of {load:.1f}; only an idle one gives true numbers", file=sys.stderr)
     sides = [our_side(args, preset, extra)] + ([peer_side(args, preset)] if args.peer else [])
-    rollout, steps, speed = (math.prod(preset.work[:2]) if args.peer else 1), args.total_timesteps, args.until is None
+    rollout = preset.flags["num_envs"] * preset.flags.get("num_steps", 1) if args.peer else 1
+    steps, speed = args.total_timesteps, args.until is None
     if speed:  # whole rollouts, because one side would round up and another down
         steps = math.ceil((steps or preset.steps[0]) / rollout) * rollout
     for side in sides:
@@ -320,7 +465,8 @@ def benchmark(args: Args, preset: Preset | None, extra: list[str]) -> None:
     if not speed:
         print(f"until   100 training episodes have a mean of {args.until:g}, each side at its own defaults")
     elif args.peer:
-        print("work    {} environments x {} steps, {} minibatches, {} epochs".format(*preset.work) + preset.note)
+        print(f"ours    has {shlex.join(to_flags(preset.flags))}")
+        print(f"unequal {preset.note or 'nothing that is known'}")
     if extra:
         print(f"ours    besides has {shlex.join(extra)}")
 
@@ -338,6 +484,8 @@ def benchmark(args: Args, preset: Preset | None, extra: list[str]) -> None:
     for key, title in titles.items():
         for name, x in columns(runs, key).items():
             print(f"{title:18}{name:8}" + "".join(f"{form(f(x)):>10}" for f in (np.min, np.median, np.max)))
+    if args.profile:
+        show_profile(sides[0], steps)
     if args.json:
         about = {side.name: side.about | {"command": side.command(1, steps, Path("FOLDER"))} for side in sides}
         args.json.write_text(json.dumps({"args": asdict(args), "sides": about, "runs": runs}, indent=2, default=str))

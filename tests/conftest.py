@@ -2,7 +2,7 @@
 
 import csv
 import importlib
-import os
+import inspect
 import shutil
 import signal
 import subprocess
@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from gymnasium.spaces import Box, Discrete
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
@@ -84,15 +85,23 @@ TINY = {  # each is passed to the scripts that have it; together, a run of half 
     "num_minibatches": 2,
     "update_epochs": 2,
     "hidden_size": 32,
+    "episodes_per_update": 4,
     # off-policy
     "batch_size": 32,
     "buffer_size": 2000,
     "learning_starts": 500,
+    "train_frequency": 4,
+    "gradient_steps": 1,
 }
 
 
 def family(script: str) -> Family:
     return next(family for family in FAMILIES if script.endswith(family.suffix))
+
+
+# One script of each family. The text of "the run" is the same in every file (test_house), so what only that can break
+# and a process of its own must show is shown by these; what an algorithm can break is shown by every script.
+REPRESENTATIVES = list({family(name).suffix: name for name in reversed(SCRIPTS)}.values())
 
 
 def load(script: str) -> ModuleType:
@@ -119,22 +128,53 @@ def arguments(script: str, **changes) -> list[str]:
     return words
 
 
+# ---------------------------------------------------------------------------------------------------- parts of a script
+
+
+SPACES = {  # by family: what the smallest agent sees and does
+    "": (Box(-1, 1, (3,)), Discrete(4)),
+    "_continuous": (Box(-1, 1, (3,)), Box(np.array([-1, -2], np.float32), np.array([3, 0.5], np.float32))),
+    "_atari": (Box(0, 255, (4, 84, 84), np.uint8), Discrete(4)),
+}
+
+
+def make_agent(script: str, **flags):
+    observation_space, action_space = SPACES[family(script).suffix]
+    envs = SimpleNamespace(single_observation_space=observation_space, single_action_space=action_space)
+    args = make_args(script, **flags)
+    return load(script).Agent(envs, args), args
+
+
+def counter_id(script: str) -> str:
+    return "Test/CounterContinuous-v0" if family(script).suffix == "_continuous" else "Test/Counter-v0"
+
+
+def learner(module: ModuleType) -> str:
+    """The function of a script that learns from a batch: many steps on it, or one."""
+    return "update" if hasattr(module, "update") else "gradient_step"
+
+
+def tensors(*arrays):
+    return [torch.from_numpy(np.asarray(array)) for array in arrays]
+
+
+def frozen(value) -> np.ndarray:
+    """A copy, because a rollout is written into the same memory as the one before."""
+    return value.numpy().copy() if isinstance(value, torch.Tensor) else np.array(value)
+
+
 # --------------------------------------------------------------------------------------------------- starting a script
 
 
-def start(script: str, *words, cwd: Path, path: Path | None = None, before=None) -> subprocess.Popen:
-    """A script as a user starts it. `path` goes to PYTHONPATH; `before` is called in the child."""
+def start(script: str, *words, cwd: Path) -> subprocess.Popen:
+    """A script as a user starts it."""
 
     def prepare():
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-        if before:
-            before()
 
-    environment = os.environ | ({"PYTHONPATH": str(path)} if path else {})
     return subprocess.Popen(
         [sys.executable, ROOT / "algos" / f"{script}.py", *map(str, words)],
         cwd=cwd,
-        env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -205,6 +245,14 @@ def saved_agent(script: str, folder: Path, env_id: str | None = None):
 # ------------------------------------------------------------------------------------------------------------- fixtures
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """With several workers, all tests of a script go to one: its runs, which the tests share, are made once."""
+    for item in items:
+        if name := getattr(item, "callspec", None) and item.callspec.params.get("script"):
+            item.add_marker(pytest.mark.xdist_group(name))
+
+
 @pytest.fixture(autouse=True)
 def leave_no_trace():
     """main() is made to be the only thing in a process: put back what it sets."""
@@ -222,24 +270,23 @@ def script(request) -> str:
 
 @pytest.fixture(scope="session")
 def finished(script, tmp_path_factory) -> SimpleNamespace:
-    """A finished run of each script; the same command once more; and the same with another seed."""
+    """A finished run of each script."""
     base = tmp_path_factory.mktemp(f"finished-{script}")
-    runs = {"folder": 1, "again": 1, "other_seed": 2}
-    commands = {name: arguments(script, seed=seed, run_dir=base / name) for name, seed in runs.items()}
-    processes = [start(script, *words, cwd=base) for words in commands.values()]
-    printed = [finish_well(process).out for process in processes]
-    return SimpleNamespace(base=base, words=commands["folder"], out=printed[0], **{name: base / name for name in runs})
+    words = arguments(script, run_dir=base / "folder")
+    done = finish_well(start(script, *words, cwd=base))
+    return SimpleNamespace(base=base, words=words, out=done.out, folder=base / "folder")
 
 
 @pytest.fixture(scope="session")
 def unfinished(script, tmp_path_factory) -> Path:
-    """The same run, killed before its first checkpoint, resumed, and killed in an iteration after a checkpoint."""
+    """The same run, killed in an iteration after a checkpoint; of some also before the first one, and resumed."""
     base = tmp_path_factory.mktemp(f"unfinished-{script}")
     process = start(script, *arguments(script, run_dir=base / "run"), cwd=base)
-    wait_for(base / "run" / "episodes.csv", process)
-    kill(process)
-    assert not (base / "run" / "checkpoint.pt").exists(), "it reached its first checkpoint before it could be killed"
-    process = start(script, "--resume", base / "run", cwd=base)
+    if script in REPRESENTATIVES:
+        wait_for(base / "run" / "episodes.csv", process)
+        kill(process)
+        assert not (base / "run" / "checkpoint.pt").exists(), "it had its first checkpoint before it could be killed"
+        process = start(script, "--resume", base / "run", cwd=base)
     wait_for(base / "run" / "checkpoint.pt", process)
     time.sleep(0.05)
     kill(process)
@@ -292,6 +339,53 @@ def train(monkeypatch, tmp_path):
         return tmp_path / folder
 
     return train
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    """spy(module, name) -> list of (bound arguments, result) of every call; the function still does its work."""
+
+    def spy(module, name: str) -> list[tuple[dict, object]]:
+        original, calls = getattr(module, name), []
+        signature = inspect.signature(original)
+
+        def watched(*args, **kwargs):
+            copies = [value.clone() if isinstance(value, torch.Tensor) else value for value in args]
+            bound = signature.bind(*copies, **kwargs).arguments
+            result = original(*args, **kwargs)
+            calls.append((bound, result))
+            return result
+
+        monkeypatch.setattr(module, name, watched)
+        return calls
+
+    return spy
+
+
+@pytest.fixture
+def rollouts(monkeypatch):
+    """rollouts(script) -> a list that fills with (batch, arguments of gae, if it has one); nothing is learned."""
+
+    def watch(script: str) -> list[tuple[list, dict]]:
+        module, found, inputs = load(script), [], [{}]
+
+        def learn(agent, optimizer, loss_fn, batch, args):
+            found.append(([frozen(x) for x in batch], inputs[-1]))
+            return {name: 0.0 for name in module.METRICS}
+
+        if hasattr(module, "gae"):
+            original, signature = module.gae, inspect.signature(module.gae)
+
+            def gae(*args):
+                inputs.append({name: frozen(value) for name, value in signature.bind(*args).arguments.items()})
+                return original(*args)
+
+            monkeypatch.setattr(module, "gae", gae)
+        monkeypatch.setattr(module, learner(module), learn)
+        monkeypatch.setattr(module, "evaluate", lambda args, agent: np.zeros(1))
+        return found
+
+    return watch
 
 
 @pytest.fixture

@@ -17,6 +17,8 @@ ALGOS = Path(__file__).resolve().parent.parent / "algos"
 MAY_DIFFER = {  # what belongs to the algorithm or to the family of environments
     "Args",
     "Agent",
+    "Critics",
+    "a2c_loss",
     "log_prob_and_entropy",
     "ppo_loss",
     "start_envs",

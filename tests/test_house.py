@@ -44,8 +44,10 @@ def test_scripts_import_only_published_packages(script):
     assert not theirs & {path.stem for path in ROOT.iterdir() if path.is_dir()}
 
 
-def test_importing_a_script_does_nothing(script, tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import algos.{script}"
+def test_importing_a_script_does_nothing(tmp_path):
+    """All in one process; a script that prints or warns is found by importing it alone."""
+    modules = ", ".join(f"algos.{script}" for script in SCRIPTS)
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {modules}"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and not any(tmp_path.iterdir())
 
@@ -64,6 +66,16 @@ def test_sections_have_one_order(script):
     classes = [node for node in body if isinstance(node, ast.ClassDef) and "Module" in ast.unparse(node).split("\n")[0]]
     assert classes and all(banners["networks"] < node.lineno < banners["algorithm"] for node in classes)
     assert list(lines)[-2:] == ["train", "main"] and ast.unparse(body[-1]).startswith("if __name__ == '__main__'")
+
+
+def test_the_map_shows_every_script_and_no_score():
+    """algos/README.md: each file once in the table and once in the drawing; numbers stand in README.md alone."""
+    page = (ROOT / "algos" / "README.md").read_text()
+    assert sorted(re.findall(r"^\| \[`(\w+)\.py`\]\(\1\.py\) \| [^|]+ \| [^|]+ \|$", page, re.M)) == SCRIPTS
+    drawing = re.sub(r"^[a-z ]+:", "", page.split("```")[1], flags=re.M)
+    assert sorted(re.findall(r"\w+", drawing)) == SCRIPTS
+    assert "(../README.md)" in page and "(algos/README.md)" in (ROOT / "README.md").read_text()
+    assert re.findall(r"\b\d[\d.,]*\b", page) == []
 
 
 def test_lines_fit_in_120_columns():

@@ -25,8 +25,29 @@ PROBE_FLAGS = {  # enough for every probe, whatever the script's own defaults ar
     "norm_obs": False,
     "norm_reward": False,
     "log_std_init": 0.0,
+    "learning_starts": 200,
+    "train_frequency": 8,
+    "gradient_steps": 2,
+    "batch_size": 64,
+    "policy_lr": 3e-3,
+    "q_lr": 3e-3,
+    "tau": 0.05,
+    "autotune": False,
+    "alpha": 0.01,
     "checkpoint_every": 0,
     "eval_episodes": 4,
+}
+
+ONE_STEP = {"num_steps": 4, "learning_rate": 1e-2}  # one gradient step per rollout: more rollouts, larger steps
+TARGET_NETWORK = {"target_network_frequency": 8, "start_e": 1.0, "end_e": 0.1, "exploration_fraction": 0.5}
+
+OWN_PROBE_FLAGS = {  # on top, for scripts that learn in another rhythm
+    "a2c_gae": ONE_STEP,
+    "a2c_gae_continuous": ONE_STEP,
+    "sarsa": ONE_STEP | {"start_e": 1.0, "end_e": 0.1, "exploration_fraction": 0.5},
+    "reinforce": {"episodes_per_update": 8, "baseline": True, "learning_rate": 1e-2},
+    "dqn": TARGET_NETWORK,
+    "dqn_per": TARGET_NETWORK,
 }
 
 REAL = {  # by suffix: environment, return that the mean of the last 100 training episodes reaches, flags
@@ -80,7 +101,15 @@ def learn(train):
     def learn(script: str, kind: str, **flags):
         is_continuous = family(script).suffix == "_continuous"
         env_id = f"Test/{kind.capitalize()}{'Continuous' * is_continuous}-v0"
-        agent, _ = saved_agent(script, train(script, env_id=env_id, **PROBE_FLAGS | flags), env_id)
+        flags = PROBE_FLAGS | flags | OWN_PROBE_FLAGS.get(script, {})
+        agent, _ = saved_agent(script, train(script, env_id=env_id, **flags), env_id)
+
+        def value(obs: torch.Tensor) -> torch.Tensor:
+            if hasattr(agent, "value"):
+                return agent.value(obs)
+            if is_continuous:  # critics of Q: the smaller one at the greedy action
+                return agent.critics(obs, agent.policy(obs)[0].tanh()).amin(0)
+            return agent.critics(obs).amin(0)[0, agent.act(obs)]
 
         @torch.no_grad()
         def ask(method, x: float) -> float:
@@ -89,7 +118,7 @@ def learn(train):
         def action(x: float) -> float:
             return ask(agent.act, x) if is_continuous else 2 * ask(agent.act, x) - 1
 
-        return lambda x: ask(agent.value, x), action
+        return lambda x: ask(value, x), action
 
     return learn
 

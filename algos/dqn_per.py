@@ -1,0 +1,887 @@
+"""Double DQN with prioritised replay (PER), for vector observations and discrete actions.
+
+    python algos/dqn_per.py                                         # CartPole-v1, a minute
+    python algos/dqn_per.py --env-id LunarLander-v3 --total-timesteps 300000
+    python algos/dqn_per.py --dueling --n-step 3                    # with PER and Double DQN, four of Rainbow's six parts
+    python algos/dqn_per.py --resume runs/CartPole-v1__dqn_per__1__...  # goes on where a killed run was
+    python algos/dqn_per.py --evaluate runs/CartPole-v1__dqn_per__1__... --eval-episodes 20 --video
+
+Papers: van Hasselt et al. 2016, "Deep Reinforcement Learning with Double Q-learning", arXiv:1509.06461 ("Double DQN"
+below); Schaul et al. 2016, "Prioritized Experience Replay", arXiv:1511.05952 ("PER"): the proportional variant; Wang
+et al. 2016, "Dueling Network Architectures for Deep Reinforcement Learning", arXiv:1511.06581 (`--dueling`); Sutton
+1988, "Learning to predict by the methods of temporal differences" (`--n-step`).
+
+What differs from the papers: all that differs in `dqn.py`. The weights that make up for the uneven sampling are divided
+by the largest of the batch instead of the largest of the replay, which would need a second tree. Returns of n steps are
+computed when a batch is drawn: they stop at any end of an episode and at the newest observation, with as many steps as
+there are until then, so no transition is ever left out; they are not corrected for the age of the actions in them.
+
+What to notice, coming from `dqn.py`: the online network chooses the best next action and the target network says what
+it is worth, so that one network's lucky error is not taken twice (`double_dqn_loss`); what was predicted badly is drawn
+more often (`Priorities`), for which a tree of sums finds a row by its share of the whole in log2(rows) steps
+(`SumTree`). The replay is the same, and so is the rest of the loop.
+
+What it does not do: the rank-based variant, noisy or distributional networks, images. Scores: the table in README.md.
+
+The file is long because it repeats all that a script needs to stand alone: from "the run" to "training" the text is
+the same in every file, but for `start_envs`, `to_tensor` and `frame`, and who reads for the algorithm can skip it.
+"""
+
+import csv
+import difflib
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import random
+import re
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+import zipfile
+from collections import deque
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import imageio
+import mujoco
+import numpy as np
+import safetensors.torch
+import torch
+import tyro
+from gymnasium.vector import AutoresetMode
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+AUTO_DEVICE = "cpu"  # what --device auto means here
+TRAIN, EVAL = 0, 1  # purposes of random streams
+UV = "uv run " if "UV" in os.environ else ""  # how a printed command has to begin
+LOG_EVERY = 1000  # steps between two points of the curves
+
+
+@dataclass
+class Args:
+    # The run
+    env_id: str = "CartPole-v1"
+    """Gymnasium id of the environment; `package:Name-v0` imports the package first"""
+    seed: int = 1
+    """decides every random number of the run"""
+    total_timesteps: int = 200_000
+    """environment steps, summed over the parallel environments"""
+    run_dir: str | None = None
+    """folder of the run; by default runs/{env}__{algo}__{seed}__{UTC time}"""
+    resume: str | None = None
+    """go on with the run in this folder, under its own flags"""
+    evaluate: str | None = None
+    """evaluate the agent in this run folder instead of training"""
+    eval_episodes: int = 20
+    """episodes of the evaluation, one environment each"""
+    video: bool = False
+    """film the first episode of the evaluation into videos/"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU for networks that see images, if there is one; the CPU for small networks"""
+    torch_threads: int = 1
+    """CPU threads of PyTorch; 0 for one per core. Part of the result: sums are rounded in another order"""
+    compile: bool = False
+    """compile the loss with torch.compile (on a GPU into CUDA graphs)"""
+    checkpoint_every: int = 0
+    """steps between checkpoints; 0 for a tenth of the run. Each cuts the running episodes, which then do not count"""
+
+    # The algorithm
+    num_envs: int = 4
+    """parallel environments (N)"""
+    buffer_size: int = 100_000
+    """transitions in the replay; each end of an episode takes the place of one"""
+    learning_starts: int = 1_000
+    """steps before the first update; until then actions are random"""
+    train_frequency: int = 8
+    """environment steps between two rounds of updates"""
+    gradient_steps: int = 4
+    """updates per round: gradient_steps / train_frequency of them per environment step"""
+    batch_size: int = 128
+    """transitions per update (B)"""
+    learning_rate: float = 1e-3
+    """learning rate of Adam at the start"""
+    anneal_lr: bool = True
+    """let the learning rate fall linearly towards 0"""
+    gamma: float = 0.99
+    """discount factor"""
+    target_network_frequency: int = 500
+    """environment steps between two updates of the target network"""
+    tau: float = 1.0
+    """share of the online network in an update of the target network; 1 copies it"""
+    start_e: float = 1.0
+    """epsilon at the start: the probability of a random action"""
+    end_e: float = 0.01
+    """epsilon at the end"""
+    exploration_fraction: float = 0.2
+    """share of the run in which epsilon falls from start_e to end_e"""
+    per_alpha: float = 0.6
+    """how much the priorities count: 0 draws uniformly, 1 in proportion to the TD error"""
+    per_beta: float = 0.4
+    """how much of the uneven sampling the weights make up for, at the start; it rises linearly to 1, all of it"""
+    per_eps: float = 1e-3
+    """added to each TD error, so that every transition is drawn now and then"""
+    n_step: int = 1
+    """rewards that are summed before the estimate of the rest"""
+    dueling: bool = False
+    """split Q(s, a) into a value of the state and advantages of the actions"""
+    hidden_size: int = 128
+    """width of the two hidden layers"""
+
+
+LIMITS = {  # flag: smallest and largest value
+    "seed": (0, 2**63),
+    "total_timesteps": (1, math.inf),
+    "eval_episodes": (1, 10_000),
+    "torch_threads": (0, 1024),
+    "checkpoint_every": (0, math.inf),
+    "num_envs": (1, 100_000),
+    "buffer_size": (1, 2**31),
+    "learning_starts": (0, math.inf),
+    "train_frequency": (1, math.inf),
+    "gradient_steps": (1, math.inf),
+    "batch_size": (1, math.inf),
+    "learning_rate": (1e-12, 10),
+    "gamma": (0, 1),
+    "target_network_frequency": (1, math.inf),
+    "tau": (1e-12, 1),
+    "start_e": (0, 1),
+    "end_e": (0, 1),
+    "exploration_fraction": (0, 1),
+    "per_alpha": (0, 1),
+    "per_beta": (0, 1),
+    "per_eps": (1e-12, 1),
+    "n_step": (1, 10_000),
+    "hidden_size": (1, 100_000),
+}
+
+
+# ------------------------------------------------------------------------------------------------------- networks
+
+
+class Agent(nn.Module):
+    """Q(s, a) of every action; with `--dueling`, as V(s) + A(s, a), which share the first layer."""
+
+    def __init__(self, envs: gym.vector.VectorEnv, args: Args):
+        super().__init__()
+        num_inputs, num_actions = envs.single_observation_space.shape[0], int(envs.single_action_space.n)
+        self.body = nn.Sequential(nn.Linear(num_inputs, args.hidden_size), nn.ReLU())
+        self.q = self.head(args.hidden_size, num_actions)
+        self.v = self.head(args.hidden_size, 1) if args.dueling else None
+
+    def head(self, width: int, num_outputs: int) -> nn.Sequential:
+        return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, num_outputs))
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """Q(s, .): obs (..., D) -> (..., A). Dueling eq. 9: the advantages count from their mean over the actions."""
+        x = self.body(obs)
+        q = self.q(x)
+        return q if self.v is None else self.v(x) + q - q.mean(-1, keepdim=True)
+
+    def value(self, obs: Tensor) -> Tensor:
+        """max_a Q(s, a): obs (..., D) -> (...)."""
+        return self(obs).amax(-1)
+
+    def act(self, obs: Tensor) -> Tensor:
+        """The action of the largest value: obs (N, D) -> (N,)."""
+        return self(obs).argmax(-1)
+
+
+# ------------------------------------------------------------------------------------------------------ algorithm
+
+
+def linear_schedule(start: float, end: float, duration: float, step: int) -> float:
+    """From `start` at step 0 in a straight line to `end` at step `duration`, and `end` from there on."""
+    return start + (end - start) * min(step / max(duration, 1), 1)
+
+
+class Replay:
+    """The last transitions of N environments, with one copy of each observation.
+
+    Row k * N + i holds what environment i did at place k of its ring. The transition that starts in a row leads to the
+    observation in the next row of the same environment. The last observation of an episode has a row of its own, in
+    which no transition starts, and the next episode begins after it: so ends, time limits and the place where new rows
+    overwrite old ones need no special case. `starts` marks the rows where a transition starts. Nothing is allocated
+    after the beginning.
+    """
+
+    def __init__(self, capacity: int, envs: gym.vector.VectorEnv):
+        obs_space, action_space = envs.single_observation_space, envs.single_action_space
+        self.N, self.filled = envs.num_envs, 0  # rows that were ever written
+        self.rows = self.N * (-(-capacity // self.N) + 2)
+        self.obs = np.zeros((self.rows, *obs_space.shape), np.float32)
+        action_type = action_space.dtype if isinstance(action_space, gym.spaces.Discrete) else np.float32
+        self.actions = np.zeros((self.rows, *action_space.shape), action_type)
+        self.rewards = np.zeros(self.rows, np.float32)
+        self.terminations = np.zeros(self.rows, bool)
+        self.starts = np.zeros(self.rows, bool)
+        self.heads = np.arange(self.N)  # the row where each environment goes on
+
+    def add(self, obs, actions, rewards, next_obs, terminations, dones) -> np.ndarray:
+        """A step of all environments, each (N, ...); `next_obs` are the real last ones where an episode ended.
+
+        Returns the rows (2N,) that it wrote: where these transitions start, and what they lead to.
+        """
+        rows, after = self.heads, self.after(self.heads)
+        self.obs[rows], self.obs[after] = obs, next_obs
+        self.actions[rows], self.rewards[rows], self.terminations[rows] = actions, rewards, terminations
+        self.starts[rows], self.starts[after] = True, False
+        self.filled = max(self.filled, int(rows.max()) + 1)
+        self.heads = np.where(dones, self.after(after), after)
+        return np.concatenate([rows, after])
+
+    def after(self, rows: np.ndarray) -> np.ndarray:
+        """The next rows of the same environments."""
+        return (rows + self.N) % self.rows
+
+    def cut(self) -> np.ndarray:
+        """The environments were made anew: what they had reached gets rows of its own (N,), as after an end."""
+        rows, self.heads = self.heads, self.after(self.heads)
+        self.starts[rows] = False
+        return rows
+
+    def sample(self, size: int) -> np.ndarray:
+        """Rows (B,) drawn uniformly, with replacement, from those in which a transition starts."""
+        rows = np.random.randint(self.filled, size=size)
+        while (misses := ~self.starts[rows]).any():
+            rows[misses] = np.random.randint(self.filled, size=misses.sum())
+        return rows
+
+    def batch(self, rows: np.ndarray, device: str) -> list[Tensor]:
+        """obs, actions, rewards, next_obs, terminations of the transitions that start in `rows` (B,)."""
+        next_obs, terminations = self.obs[self.after(rows)], self.terminations[rows]
+        arrays = self.obs[rows], self.actions[rows], self.rewards[rows], next_obs, terminations
+        return [torch.from_numpy(array).to(device) for array in arrays]
+
+    def state_dict(self) -> dict:
+        arrays = {name: torch.from_numpy(value) for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        return arrays | {"filled": self.filled}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, np.ndarray):
+                np.copyto(value, state[name].numpy())
+        self.filled = state["filled"]
+
+
+def n_step_batch(replay: Replay, rows: np.ndarray, n: int, gamma: float, device: str) -> list[Tensor]:
+    """obs, actions, returns, discounts, next_obs, terminations of the windows that start in `rows` (B,).
+
+    A window has n transitions, or the k < n that there are up to the end of the episode or the newest observation:
+
+        return = sum_{j < k} gamma^j r_j,  discount = gamma^k,  next_obs = what the last of its transitions led to.
+    """
+    returns, discounts = np.zeros(len(rows), np.float32), np.ones(len(rows), np.float32)
+    terminations, ends = np.zeros(len(rows), bool), rows
+    for _ in range(n):
+        goes_on = replay.starts[ends]
+        returns += discounts * replay.rewards[ends] * goes_on
+        terminations |= replay.terminations[ends] & goes_on
+        discounts = np.where(goes_on, gamma * discounts, discounts)
+        ends = np.where(goes_on, replay.after(ends), ends)
+    arrays = replay.obs[rows], replay.actions[rows], returns, discounts, replay.obs[ends], terminations
+    return [torch.from_numpy(array).to(device) for array in arrays]
+
+
+class SumTree:
+    """Numbers >= 0 in the leaves of a binary tree in which every node is the sum of its two children.
+
+    Node 1 is the root, nodes 2 i and 2 i + 1 are the children of node i. The leaves are filled up with zeros to a power
+    of two, so that all are equally deep. A changed node is added up anew from its children, in float64: nothing drifts,
+    however often leaves change.
+    """
+
+    def __init__(self, num_leaves: int):
+        self.depth = (num_leaves - 1).bit_length()
+        self.first_leaf = 1 << self.depth
+        self.sums = np.zeros(2 * self.first_leaf)
+
+    @property
+    def total(self) -> float:
+        return float(self.sums[1])
+
+    def __getitem__(self, leaves: np.ndarray) -> np.ndarray:
+        return self.sums[self.first_leaf + leaves]
+
+    def set(self, leaves: np.ndarray, values) -> None:
+        """leaves (B,) <- values (B,). Of a leaf that is named more than once the last value stays."""
+        nodes = self.first_leaf + leaves
+        self.sums[nodes] = values
+        for _ in range(self.depth):
+            pairs = self.sums[nodes] + self.sums[nodes ^ 1]  # with its sibling
+            nodes = nodes >> 1
+            self.sums[nodes] = pairs
+
+    def find(self, masses: np.ndarray) -> np.ndarray:
+        """The leaves (B,) under which `masses` (B,) in [0, total) fall, if all leaves lie side by side.
+
+        From the root down: left if the mass falls under the left child, else right with what is left of the mass. Where
+        rounding leaves a mass as large as the whole node, a right child that is zero is not entered. So a leaf of zero
+        is never found, unless all are.
+        """
+        nodes = np.ones(len(masses), np.int64)
+        for _ in range(self.depth):
+            nodes = nodes << 1
+            left = self.sums[nodes]
+            goes_right = (masses >= left) & (self.sums[nodes + 1] > 0)
+            masses = masses - left * goes_right
+            nodes += goes_right
+        return nodes - self.first_leaf
+
+
+class Priorities:
+    """How often each row of a replay is drawn: p = (|TD error| + eps)^alpha (PER eq. 1), and 0 where nothing starts."""
+
+    def __init__(self, replay: Replay, args: Args):
+        self.replay, self.alpha, self.eps = replay, args.per_alpha, args.per_eps
+        self.tree, self.largest = SumTree(replay.rows), 1.0
+
+    def mark(self, rows: np.ndarray) -> None:
+        """Follow the replay, which has changed these rows: new transitions get the largest priority there has been."""
+        self.tree.set(rows, np.where(self.replay.starts[rows], self.largest, 0.0))
+
+    def sample(self, size: int, beta: float) -> tuple[np.ndarray, np.ndarray]:
+        """Rows (B,), one from each of B equal shares of the sum of all priorities, and their weights (B,).
+
+        A row is drawn with probability P = p / sum p. Weights w = (M P)^-beta make up for it, M being the number of
+        transitions (PER sec. 3.4). They are divided by the largest in the batch, in which M and the sum cancel.
+        """
+        masses = (np.arange(size) + np.random.random(size)) * (self.tree.total / size)
+        rows = self.tree.find(masses)
+        priorities = self.tree[rows]
+        return rows, ((priorities.min() / priorities) ** beta).astype(np.float32)
+
+    def update(self, rows: np.ndarray, td_errors: np.ndarray) -> None:
+        """New |TD errors| (B,) of the transitions that start in `rows` (B,)."""
+        priorities = (td_errors.astype(np.float64) + self.eps) ** self.alpha
+        self.largest = max(self.largest, float(priorities.max()))
+        self.tree.set(rows, priorities)
+
+    def state_dict(self) -> dict:
+        return {"sums": torch.from_numpy(self.tree.sums), "largest": self.largest}
+
+    def load_state_dict(self, state: dict) -> None:
+        np.copyto(self.tree.sums, state["sums"].numpy())
+        self.largest = state["largest"]
+
+
+@torch.no_grad()
+def update_target(target: nn.Module, online: nn.Module, tau: float) -> None:
+    """target <- (1 - tau) target + tau online, buffers included; tau 1 is a copy."""
+    torch._foreach_lerp_(list(target.state_dict().values()), list(online.state_dict().values()), tau)
+
+
+METRICS = "losses/td_loss", "losses/q_values"
+
+
+def double_dqn_loss(
+    agent: Agent, target: Agent, obs, actions, returns, discounts, next_obs, terminations, weights
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Double DQN eq. 4, with the target network as the second one, on B windows: the mean of weight * Huber loss of
+
+        return + discount (1 - terminated) Q_target(s', argmax_a' Q(s', a')) - Q(s, a).
+
+    Returns the loss, the METRICS (2,) and the |TD errors| (B,).
+    """
+    with torch.no_grad():
+        next_actions = agent(next_obs).argmax(-1, keepdim=True)
+        next_values = target(next_obs).gather(-1, next_actions).squeeze(-1)
+        td_target = returns + discounts * ~terminations * next_values
+    q = agent(obs).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+    loss = (weights * nn.functional.smooth_l1_loss(q, td_target, reduction="none")).mean()
+    return loss, torch.stack([loss.detach(), q.detach().mean()]), (td_target - q.detach()).abs()
+
+
+# -------------------------------------------------------------------------------------------------------- the run
+
+
+def fail(message: str, code: int = 2) -> None:
+    """End the program with one line on stderr. Code 2: bad input or a full disk; 3: the numbers diverged."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def check_limits(args: Args) -> None:
+    """Every flag named in LIMITS lies in its range; None is a flag that is off."""
+    for name, (low, high) in LIMITS.items():
+        value = getattr(args, name)
+        if value is not None and not (isinstance(value, int | float) and low <= value <= high):
+            fail(f"--{name.replace('_', '-')} is {value}; it takes values from {low} to {high}")
+
+
+def reseed(seed: int, *purpose: int, num_envs: int = 0) -> list[int]:
+    """Seed Python, NumPy and PyTorch for one purpose of one run; returns a 31-bit seed for each environment.
+
+    Every (seed, purpose) is a stream of its own (`numpy.random.SeedSequence`): neighbouring seeds share nothing. A
+    training run reseeds at each checkpoint for the purpose (TRAIN, step), so no generator's state needs to be saved.
+    """
+    first, *env_seeds = (np.random.SeedSequence(seed, spawn_key=purpose).generate_state(1 + num_envs) >> 1).tolist()
+    random.seed(first)
+    np.random.seed(first)
+    torch.manual_seed(first)
+    return env_seeds
+
+
+def start_envs(args: Args, seeds: list[int], render: bool = False) -> tuple[gym.vector.VectorEnv, np.ndarray]:
+    """One environment per seed, stepped in turn, and their first observations (N, D).
+
+    An episode that ends restarts in the same step: its last observation is in infos["final_obs"]. An environment that
+    does not fit ends the program.
+    """
+
+    def make() -> gym.Env:
+        return gym.make(args.env_id, disable_env_checker=True, **{"render_mode": "rgb_array"} if render else {})
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mujoco.set_mju_user_warning(lambda message: None)  # HalfCheetah's model warns each time, and into a file too
+        try:
+            envs = gym.vector.SyncVectorEnv([make] * len(seeds), autoreset_mode=AutoresetMode.SAME_STEP)
+            obs, _ = envs.reset(seed=seeds)
+        except Exception as error:
+            near = difflib.get_close_matches(args.env_id, gym.registry, n=3)
+            hint = f" Near it: {', '.join(near)}." if near and isinstance(error, gym.error.UnregisteredEnv) else ""
+            hint = " The script for Atari games is ppo_atari.py." if args.env_id.startswith("ALE/") else hint
+            reason = " ".join(str(error).partition(" Did you mean")[0].split())
+            fail(f"cannot make the environment {args.env_id}: {reason}{hint}")
+    obs_space, space = envs.single_observation_space, envs.single_action_space
+    if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
+        fail(f"{args.env_id} has observations {obs_space}; this script takes vectors, a Box of one dimension")
+    if isinstance(space, gym.spaces.Box):
+        fail(f"{args.env_id} has continuous actions; the script for it is ppo_continuous.py")
+    if not isinstance(space, gym.spaces.Discrete) or space.start != 0:
+        fail(f"{args.env_id} has actions {space}; this script takes Discrete(n), counted from 0")
+    return envs, obs
+
+
+def to_tensor(obs: np.ndarray, args: Args) -> Tensor:
+    """Observations as the networks take them."""
+    return torch.from_numpy(obs).to(args.device, torch.float32)
+
+
+def frame(envs: gym.vector.VectorEnv, obs: np.ndarray) -> np.ndarray:
+    """A picture (H, W, 3) of the first environment."""
+    return envs.envs[0].render()
+
+
+def check_video(args: Args) -> None:
+    """Make one picture, so that a film that is not possible is said before the run and not after it."""
+    if sys.platform == "linux":  # pictures without a screen
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    try:
+        frame(*start_envs(args, [0], render=True))
+    except Exception as error:
+        fail(f"{args.env_id} cannot be filmed: {' '.join(repr(error).split())}")
+
+
+def write_atomically(path: Path, write) -> None:
+    """`write(file)` to a file aside, then move it over `path`: at any moment `path` is the old file or the new."""
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        with aside.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save wraps the error of a full disk in a RuntimeError
+        aside.unlink(missing_ok=True)
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        raise OSError(f"cannot write {path}: {cause}") from None
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_atomically(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
+
+
+def describe_run(args: Args) -> dict:
+    """What args.json holds: every flag, and what the result may depend on besides."""
+    packages = ("torch", "gymnasium", "ale-py", "mujoco", "Box2D", "numpy")
+    installed = {d.name.lower(): d.version for d in importlib.metadata.distributions() if d.name}
+    script = Path(__file__).resolve()
+    git = ("git", "-C", script.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+        cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    except (OSError, StopIteration):
+        commit, cpu = "", platform.processor()
+    return {
+        "args": asdict(args),
+        "command": shlex.join(sys.argv),
+        "script": script.name,
+        "sha256": hashlib.sha256(script.read_bytes()).hexdigest(),
+        "commit": commit.removesuffix("-dirty") or None,
+        "clean": not commit.endswith("-dirty") if commit else None,
+        "versions": {"python": platform.python_version()} | {p: installed.get(p.lower()) for p in packages},
+        "cpu": cpu.partition(": ")[2] or cpu,
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if args.device == "cuda" else None,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+class Run:
+    """The run folder: what a run leaves on disk, and what it needs to go on from there."""
+
+    def __init__(self, args: Args):
+        self.path, self.args = Path(args.run_dir), args
+        self.checkpoint = read_checkpoint(self.path) if args.resume else {}
+        self.step = self.last_saved = self.checkpoint.get("step", 0)
+
+    def open(self) -> None:
+        """Write args.json, or cut the logs back to the checkpoint, and open them."""
+        args, logs = self.args, self.checkpoint.get("logs", {})
+        try:
+            if not args.resume:
+                self.path.mkdir(parents=True, exist_ok=True)
+                if any(self.path.iterdir()):
+                    fail(f"{self.path} is not empty; --resume goes on with a run, --run-dir takes another folder")
+                write_json(self.path / "args.json", describe_run(args))
+            for log in (*self.path.glob("events.out.tfevents.*"), *self.path.glob("episodes.csv")):
+                os.truncate(log, min(logs.get(log.name, 0), log.stat().st_size))  # later rows are written again
+            self.episodes = (self.path / "episodes.csv").open("a+", newline="")
+            self.writer = SummaryWriter(self.path, flush_secs=10)
+        except OSError as error:
+            fail(f"cannot write the run folder {self.path}: {error.strerror or error}")
+        if self.episodes.tell() == 0:
+            self.episodes.write("step,seconds,return,length\n")
+        self.episodes.seek(0)
+        rows = deque(csv.DictReader(self.episodes), maxlen=100)
+        self.recent = deque(((float(row["return"]), int(row["length"])) for row in rows), maxlen=100)
+        self.returns, self.lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, np.int64)
+        self.flushed = time.perf_counter()
+        self.started = self.flushed - self.checkpoint.get("seconds", 0)
+        print(f"run folder: {self.path}", flush=True)
+        self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit=" steps", unit_scale=True, disable=None)
+
+    def seconds(self) -> float:
+        """Seconds of training, over all resumes."""
+        return time.perf_counter() - self.started
+
+    def restore(self, **parts) -> int:
+        """Give every named part (module, optimiser, ...) its state from the checkpoint; returns the step.
+
+        Only then are the logs opened: a checkpoint that does not fit leaves the folder as it was.
+        """
+        try:
+            for name, part in parts.items() if self.checkpoint else ():
+                part.load_state_dict(self.checkpoint[name])
+        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+            fail(f"{self.path}/checkpoint.pt does not fit this script: {str(error).splitlines()[0]}")
+        self.open()
+        return self.step
+
+    def save_is_due(self) -> bool:
+        every = self.args.checkpoint_every
+        return self.step // every > self.last_saved // every and self.step < self.args.total_timesteps
+
+    def save(self, **parts) -> None:
+        """Write checkpoint.pt: the state of every named part, the step, and how long each log is by now.
+
+        The caller then starts the environments anew, as a resumed run has to; their running episodes are dropped.
+        """
+        self.check_finite(*(p for part in parts.values() if isinstance(part, nn.Module) for p in part.parameters()))
+        self.episodes.flush()
+        os.fsync(self.episodes.fileno())
+        self.writer.flush()
+        logs = {log.name: log.stat().st_size for log in (*self.path.glob("events.*"), *self.path.glob("episodes.csv"))}
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state |= {"step": self.step, "seconds": self.seconds(), "logs": logs}
+        write_atomically(self.path / "checkpoint.pt", lambda file: torch.save(state, file))
+        self.last_saved = self.step
+        if self.bar.disable:  # no terminal: a sign of life for who reads the log
+            trailing = f"{np.mean(self.recent, axis=0)[0]:.1f}" if self.recent else "none yet"
+            print(f"{self.step:,} steps in {self.seconds():.0f} s, training return {trailing}", flush=True)
+        self.returns[:] = self.lengths[:] = 0
+
+    def record(self, step: int, rewards: np.ndarray, dones: np.ndarray) -> None:
+        """Add a step of all environments, raw rewards (N,), to their episodes; those that ended become rows."""
+        self.returns += rewards
+        self.lengths += 1
+        if dones.any():
+            for i in np.flatnonzero(dones):
+                self.recent.append((float(self.returns[i]), int(self.lengths[i])))
+                self.episodes.write(f"{step},{self.seconds():.2f},{self.returns[i]},{self.lengths[i]}\n")
+            self.returns[dones] = self.lengths[dones] = 0
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Once per update: scalars for TensorBoard and the progress bar. A number that is not finite ends the run."""
+        self.check_finite(torch.tensor(list(metrics.values())))
+        if self.recent:
+            mean_return, mean_length = np.mean(self.recent, axis=0).tolist()
+            metrics |= {"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}
+            self.bar.set_postfix_str(f"return {mean_return:.1f}", refresh=False)
+        for name, value in (metrics | {"charts/SPS": step / self.seconds()}).items():
+            self.writer.add_scalar(name, value, step)
+        self.bar.total = max(step, self.bar.total)  # the last rollout may end after --total-timesteps
+        self.bar.update(step - self.step)
+        self.step = step
+        if time.perf_counter() - self.flushed > 1:
+            self.episodes.flush()
+            self.flushed = time.perf_counter()
+
+    def check_finite(self, *tensors: Tensor) -> None:
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            self.bar.close()
+            hint = "its last checkpoint is kept. " if self.last_saved else ""
+            hint += "If all rewards and observations were finite, a smaller --learning-rate may help"
+            fail(f"{self.path} diverged after step {self.step}: loss or weights are not finite; {hint}", code=3)
+
+    def finish(self, agent: nn.Module) -> None:
+        """Save the agent, evaluate it, write result.json and say where to look."""
+        seconds, args, path = self.seconds(), self.args, shlex.quote(str(self.path))
+        self.bar.close()
+        self.check_finite(*agent.parameters())
+        self.episodes.close()
+        self.writer.close()
+        tensors = {name: tensor.contiguous() for name, tensor in agent.state_dict().items()}
+        write_atomically(self.path / "agent.safetensors", lambda file: file.write(safetensors.torch.save(tensors)))
+        returns = evaluate(args, agent)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        final_return = float(np.mean(self.recent, axis=0)[0]) if self.recent else None
+        result = {
+            "final_return": final_return,
+            "eval_return_mean": float(returns.mean()),
+            "eval_return_std": float(returns.std()),
+            "eval_episodes": args.eval_episodes,
+            "steps": self.step,
+            "seconds": round(seconds, 2),
+            "sps": round(self.step / seconds, 1),
+            "peak_memory_mb": round(memory, 1),
+        }
+        write_json(self.path / "result.json", result)
+        trailing = f"{final_return:.1f}" if self.recent else "none"
+        print(
+            f"{args.env_id}, seed {args.seed}: {self.step:,} steps in {seconds:.1f} s, {result['sps']:,.0f} a second\n"
+            f"training return, mean of the last {len(self.recent)} episodes: {trailing}\n"
+            f"evaluation return, {args.eval_episodes} episodes, greedy: {returns.mean():.1f} ± {returns.std():.1f}\n"
+            f"curves: {UV}tensorboard --logdir {path}\n"
+            f"film:   {UV}python {sys.argv[0]} --evaluate {path} --video"
+        )
+
+
+def read_checkpoint(path: Path) -> dict:
+    """checkpoint.pt, read as data that can run no code; empty if the run was stopped before its first one."""
+    if not (path / "checkpoint.pt").exists():
+        return {}
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            if zipfile.ZipFile(path / "checkpoint.pt").testzip():
+                raise ValueError("a checksum is wrong")
+            checkpoint = torch.load(path / "checkpoint.pt", map_location="cpu", weights_only=True)
+        if not (checkpoint["step"] > 0 and checkpoint["seconds"] >= 0 and checkpoint["logs"]["episodes.csv"] > 0):
+            raise ValueError("step, seconds or logs are out of range")
+        if (path / "episodes.csv").stat().st_size < checkpoint["logs"]["episodes.csv"]:
+            raise ValueError("episodes.csv has lost rows that were there when it was written")
+        return checkpoint
+    except Exception as error:
+        fail(f"{path}/checkpoint.pt is damaged or no checkpoint: {(str(error).splitlines() or [repr(error)])[0]}")
+
+
+@torch.inference_mode()
+def evaluate(args: Args, agent: nn.Module) -> np.ndarray:
+    """Raw undiscounted returns of `eval_episodes` greedy episodes; `--video` films the first.
+
+    Each episode has an environment of its own, so that short ones are not counted more often than long ones. An episode
+    that does not end is cut after 30,000 steps.
+    """
+    envs, obs = start_envs(args, reseed(args.seed, EVAL, num_envs=args.eval_episodes), render=args.video)
+    returns, running, film = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, bool), None
+    if args.video:
+        path = Path(args.run_dir) / "videos" / f"evaluation-{args.seed}.mp4"
+        path.parent.mkdir(exist_ok=True)
+        film = imageio.get_writer(path, fps=envs.metadata.get("render_fps", 30), macro_block_size=2)
+    for _ in range(30_000):
+        if film and running[0]:
+            film.append_data(frame(envs, obs))
+        obs, rewards, terminations, truncations, _ = envs.step(agent.act(to_tensor(obs, args)).cpu().numpy())
+        returns += rewards * running
+        running &= ~(terminations | truncations)
+        if not running.any():
+            break
+    envs.close()
+    if film:
+        film.close()
+        print(f"film of the first episode: {path}")
+    return returns
+
+
+def evaluate_saved(args: Args) -> None:
+    """Play the agent of a finished run: its folder alone is enough."""
+    path = Path(args.run_dir) / "agent.safetensors"
+    agent = Agent(start_envs(args, [0])[0], args).to(args.device)
+    try:
+        agent.load_state_dict(safetensors.torch.load_file(path, device=args.device))
+    except FileNotFoundError:
+        fail(f"{args.run_dir} is not finished; --resume {args.run_dir} goes on with it")
+    except Exception as error:
+        fail(f"{path} is damaged, or its agent is not for {args.env_id}: {' '.join(str(error).split())[:200]}")
+    returns = evaluate(args, agent)
+    print(f"{args.env_id}, {len(returns)} episodes, greedy: {returns.mean():.1f} ± {returns.std():.1f}")
+
+
+def read_args(folder: str) -> dict:
+    """The flags in a run folder's args.json."""
+    script = Path(__file__).name
+    try:
+        described = json.loads((Path(folder) / "args.json").read_text())
+        flags, maker, sha256 = dict(described["args"]), described["script"], described["sha256"]
+    except FileNotFoundError:
+        fail(f"{folder} is not a run folder: it has no args.json")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fail(f"{folder}/args.json is damaged: {error}")
+    if maker != script:
+        fail(f"{folder} was made by {maker}, which is the script to use with it")
+    if set(flags) != set(Args.__dataclass_fields__):
+        fail(f"{folder} was made by another version of {script}, with other flags")
+    if sha256 != hashlib.sha256(Path(__file__).read_bytes()).hexdigest():
+        print(f"warning: {script} has changed since {folder} was begun; the result may differ", file=sys.stderr)
+    return flags
+
+
+def parse_args() -> Args:
+    """Flags from the command line; with --resume or --evaluate, those of the run's args.json are the defaults."""
+    args = tyro.cli(Args, description=__doc__)
+    folder = args.resume or args.evaluate
+    if args.resume and args.evaluate:
+        fail("--resume and --evaluate exclude each other")
+    if folder:
+        saved = replace(Args(**read_args(folder)), run_dir=folder, resume=args.resume, evaluate=args.evaluate)
+        with warnings.catch_warnings(action="ignore"):  # of a flag of another type, which check_limits refuses
+            args = tyro.cli(Args, default=saved)
+        changed = [name for name, value in asdict(args).items() if value != getattr(saved, name)]
+        if args.resume and changed:
+            fail(f"--resume goes on under the flags of the run; leave out --{changed[0].replace('_', '-')}")
+        if args.resume and (Path(folder) / "result.json").exists():
+            fail(f"{folder} is finished; --evaluate {folder} plays it")
+    check_limits(args)
+    if args.device == "auto":
+        args.device = AUTO_DEVICE
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device is cuda, but PyTorch finds no usable GPU")
+    if args.compile and args.device == "cpu" and not shutil.which(os.environ.get("CXX", "c++")):
+        fail("--compile needs a C++ compiler on PATH")
+    args.torch_threads = args.torch_threads or os.cpu_count()
+    args.checkpoint_every = args.checkpoint_every or -(-args.total_timesteps // 10)
+    if args.run_dir is None:
+        name = f"{re.sub('[^A-Za-z0-9.-]+', '-', args.env_id)}__{Path(__file__).stem}__{args.seed}"
+        args.run_dir = f"runs/{name}__{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"[:-3] + "Z"
+    return args
+
+
+# ------------------------------------------------------------------------------------------------------- training
+
+
+def train(args: Args) -> None:
+    """PER, algorithm 1: act, remember, and every `train_frequency` steps learn from what was predicted badly."""
+    N = args.num_envs
+    envs, obs = start_envs(args, reseed(args.seed, TRAIN, 0, num_envs=N))
+    num_actions = int(envs.single_action_space.n)
+    agent = Agent(envs, args).to(args.device)
+    target = deepcopy(agent).requires_grad_(False)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
+    replay = Replay(args.buffer_size, envs)
+    priorities = Priorities(replay, args)
+    parts = {"agent": agent, "target": target, "optimizer": optimizer, "replay": replay, "priorities": priorities}
+    run = Run(args)
+    global_step = run.restore(**parts)
+    restart = global_step > 0
+    loss_fn = double_dqn_loss
+    if args.compile:
+        loss_fn = torch.compile(double_dqn_loss, mode="reduce-overhead" if args.device == "cuda" else "default")
+    history = []
+
+    while global_step < args.total_timesteps:
+        if restart:  # after a checkpoint, in a run that goes on and in one that is resumed alike: so both are the same
+            envs.close()
+            envs, obs = start_envs(args, reseed(args.seed, TRAIN, global_step, num_envs=N))
+            priorities.mark(replay.cut())
+        last_step, global_step = global_step, global_step + N
+
+        # Act: at random with probability epsilon, else greedily.
+        epsilon = linear_schedule(args.start_e, args.end_e, args.exploration_fraction * args.total_timesteps, last_step)
+        actions, is_greedy = np.random.randint(num_actions, size=N), np.random.random(N) >= epsilon
+        if is_greedy.any() and last_step >= args.learning_starts:
+            with torch.no_grad():
+                actions = np.where(is_greedy, agent.act(to_tensor(obs, args)).cpu().numpy(), actions)
+        next_obs, rewards, terminations, truncations, infos = envs.step(actions)
+        dones = terminations | truncations
+        run.record(global_step, rewards, dones)
+
+        # Remember. Where an episode ended, next_obs is the first of the next one.
+        reached = next_obs
+        if dones.any():
+            reached = next_obs.copy()
+            reached[dones] = np.stack(infos["final_obs"][dones])
+        priorities.mark(replay.add(obs, actions, rewards, reached, terminations, dones))
+        obs = next_obs
+
+        # Learn. A vector step may pass several multiples of the two frequencies, or none.
+        learning_rate = args.learning_rate * (1 - last_step / args.total_timesteps if args.anneal_lr else 1)
+        if global_step > args.learning_starts:
+            optimizer.param_groups[0]["lr"] = learning_rate
+            rounds = global_step // args.train_frequency - last_step // args.train_frequency
+            beta = linear_schedule(args.per_beta, 1.0, args.total_timesteps, last_step)
+            for _ in range(rounds * args.gradient_steps):
+                rows, weights = priorities.sample(args.batch_size, beta)
+                batch = n_step_batch(replay, rows, args.n_step, args.gamma, args.device)
+                loss, metrics, errors = loss_fn(agent, target, *batch, torch.from_numpy(weights).to(args.device))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                priorities.update(rows, errors.cpu().numpy())
+                history.append(metrics.clone())  # a CUDA graph writes its next output into the same memory
+        for _ in range(global_step // args.target_network_frequency - last_step // args.target_network_frequency):
+            update_target(target, agent, args.tau)
+
+        if global_step // LOG_EVERY > last_step // LOG_EVERY or global_step >= args.total_timesteps:
+            means = torch.stack(history).mean(0).tolist() if history else []
+            history.clear()
+            charts = {"charts/learning_rate": learning_rate, "charts/epsilon": epsilon}
+            run.log(global_step, dict(zip(METRICS, means, strict=False)) | charts)
+        restart = run.save_is_due()  # only after a point of the curves, when `history` is empty
+        if restart:
+            run.save(**parts)
+    envs.close()
+    run.finish(agent)
+
+
+def main() -> None:
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    args = parse_args()
+    torch.set_num_threads(args.torch_threads)
+    try:
+        if args.video:
+            check_video(args)
+        if args.evaluate:
+            evaluate_saved(args)
+        else:
+            train(args)
+    except KeyboardInterrupt:
+        folder = Path(args.run_dir)
+        is_unfinished = (folder / "args.json").exists() and not (folder / "result.json").exists()
+        hint = f"; to go on: {UV}python {sys.argv[0]} --resume {shlex.quote(args.run_dir)}" if is_unfinished else ""
+        print(f"\nstopped{hint}", file=sys.stderr)
+        raise SystemExit(130) from None
+    except OSError as error:
+        fail(f"{error}; what was saved before is intact. To go on: --resume {shlex.quote(args.run_dir)}")
+
+
+if __name__ == "__main__":
+    main()
