@@ -2,7 +2,7 @@
 
     python algos/dqn_per.py                                         # CartPole-v1, a minute
     python algos/dqn_per.py --env-id LunarLander-v3 --total-timesteps 300000
-    python algos/dqn_per.py --dueling --n-step 3                    # with PER and Double DQN, four of Rainbow's six parts
+    python algos/dqn_per.py --dueling --n-step 3                    # with these, four of the six parts of Rainbow
     python algos/dqn_per.py --resume runs/CartPole-v1__dqn_per__1__...  # goes on where a killed run was
     python algos/dqn_per.py --evaluate runs/CartPole-v1__dqn_per__1__... --eval-episodes 20 --video
 

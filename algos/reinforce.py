@@ -105,9 +105,9 @@ class Args:
     # The algorithm
     num_envs: int = 1
     """parallel environments (N); with more than one, some steps are learned from an update or more too late"""
-    episodes_per_update: int = 4
+    episodes_per_update: int = 2
     """whole episodes per gradient step, at least"""
-    learning_rate: float = 1e-2
+    learning_rate: float = 5e-3
     """learning rate of Adam at the start"""
     anneal_lr: bool = True
     """let the learning rate fall linearly towards 0"""

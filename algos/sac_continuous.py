@@ -759,6 +759,7 @@ def train(args: Args) -> None:
                 actions = torch.rand(N, num_actions, device=device) * 2 - 1
             else:
                 actions, _ = agent.sample(to_tensor(obs, args), torch.randn(N, num_actions, device=device))
+                run.check_finite(actions)  # what is not a number makes some simulators crash
             next_obs, rewards, terminations, truncations, infos = envs.step(agent.to_env(actions).cpu().numpy())
         dones = terminations | truncations
         run.record(global_step, rewards, dones)

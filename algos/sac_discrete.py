@@ -132,10 +132,12 @@ class Args:
     """share of the critics in each update of their targets"""
     autotune: bool = True
     """tune the temperature towards the target entropy"""
-    target_entropy_scale: float = 0.2
-    """target entropy of the policy, as a share of log(number of actions), the entropy of random actions"""
+    target_entropy_scale: float = 0.6
+    """target entropy at the start, as a share of the entropy of random actions, log(number of actions)"""
+    end_entropy_scale: float = 0.05
+    """the same at the end; in between it falls linearly"""
     alpha: float = 0.2
-    """the temperature, where it is not tuned"""
+    """the temperature; where it is tuned, the first one"""
     hidden_size: int = 128
     """width of the two hidden layers"""
 
@@ -157,6 +159,7 @@ LIMITS = {  # flag: smallest and largest value
     "gamma": (0, 1),
     "tau": (1e-12, 1),
     "target_entropy_scale": (0, 1),
+    "end_entropy_scale": (0, 1),
     "alpha": (1e-12, 1e12),
     "hidden_size": (1, 100_000),
 }
@@ -193,16 +196,15 @@ class Agent(nn.Module):
         num_inputs, num_actions = envs.single_observation_space.shape[0], int(envs.single_action_space.n)
         self.actor = mlp(num_inputs, args.hidden_size, num_actions)
         self.critics = Critics(num_inputs, num_actions, args.hidden_size)
-        log_alpha = torch.tensor(0.0 if args.autotune else math.log(args.alpha))
-        self.log_alpha = nn.Parameter(log_alpha, requires_grad=args.autotune)
+        self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)), requires_grad=args.autotune)
 
     def logprobs(self, obs: Tensor) -> Tensor:
         """log pi(. | s): obs (B, D) -> (B, A)."""
         return self.actor(obs).log_softmax(-1)
 
-    def sample(self, obs: Tensor) -> Tensor:
-        """Actions drawn from the policy: obs (N, D) -> (N,)."""
-        return self.logprobs(obs).exp().multinomial(1).squeeze(-1)
+    def sample(self, obs: Tensor, gumbel: Tensor) -> Tensor:
+        """argmax(logits + Gumbel noise), which is a sample of softmax(logits): obs (N, D), gumbel (N, A) -> (N,)."""
+        return (self.actor(obs) + gumbel).argmax(-1)
 
     def act(self, obs: Tensor) -> Tensor:
         """The most probable action: obs (N, D) -> (N,)."""
@@ -210,6 +212,11 @@ class Agent(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------ algorithm
+
+
+def linear_schedule(start: float, end: float, duration: float, step: int) -> float:
+    """From `start` at step 0 in a straight line to `end` at step `duration`, and `end` from there on."""
+    return start + (end - start) * min(step / max(duration, 1), 1)
 
 
 class Replay:
@@ -295,7 +302,7 @@ def soft_values(q: Tensor, logprobs: Tensor, alpha: Tensor) -> Tensor:
 METRICS = "losses/qf_loss", "losses/actor_loss", "losses/q_values", "losses/entropy", "losses/alpha"
 
 
-def sac_loss(agent: Agent, target: Critics, args: Args, obs, actions, rewards, next_obs, terminations):
+def sac_loss(agent, target: Critics, args: Args, target_entropy, obs, actions, rewards, next_obs, terminations):
     """The losses of critics, actor and temperature on B transitions, summed: no two of them reach the same weights.
 
     The critics move towards r + gamma (1 - terminated) V_target(s'), the actor maximises V(s) under the critics as they
@@ -311,7 +318,6 @@ def sac_loss(agent: Agent, target: Critics, args: Args, obs, actions, rewards, n
     qf_loss = (q_taken - td_target).square().mean(-1).sum()
     actor_loss = -soft_values(q.detach(), logprobs, alpha).mean()
     entropy = -(logprobs.exp() * logprobs).sum(-1).mean().detach()
-    target_entropy = args.target_entropy_scale * math.log(logprobs.shape[-1])
     alpha_loss = agent.log_alpha * (entropy - target_entropy)
     metrics = torch.stack([qf_loss, actor_loss, q_taken.mean(), entropy, alpha])
     return qf_loss + actor_loss + alpha_loss, metrics.detach()
@@ -727,8 +733,9 @@ def train(args: Args) -> None:
         if last_step < args.learning_starts:
             actions = np.random.randint(num_actions, size=N)
         else:
+            gumbel = -torch.empty(N, num_actions, device=args.device).exponential_().log()
             with torch.no_grad():
-                actions = agent.sample(to_tensor(obs, args)).cpu().numpy()
+                actions = agent.sample(to_tensor(obs, args), gumbel).cpu().numpy()
         next_obs, rewards, terminations, truncations, infos = envs.step(actions)
         dones = terminations | truncations
         run.record(global_step, rewards, dones)
@@ -746,10 +753,12 @@ def train(args: Args) -> None:
             scale = 1 - last_step / args.total_timesteps if args.anneal_lr else 1
             optimizer.param_groups[0]["lr"] = scale * args.policy_lr
             optimizer.param_groups[1]["lr"] = scale * args.q_lr
+            share = linear_schedule(args.target_entropy_scale, args.end_entropy_scale, args.total_timesteps, last_step)
+            target_entropy = torch.tensor(share * math.log(num_actions), device=args.device)
             rounds = global_step // args.train_frequency - last_step // args.train_frequency
             for _ in range(rounds * args.gradient_steps):
                 batch = replay.batch(replay.sample(args.batch_size), args.device)
-                loss, metrics = loss_fn(agent, target, args, *batch)
+                loss, metrics = loss_fn(agent, target, args, target_entropy, *batch)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

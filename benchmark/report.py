@@ -138,7 +138,13 @@ def form(value: float) -> str:
         return "–"
     value = float(f"{value:.9g}")  # so that a tie is a tie on every processor
     digits = 0 if abs(value) >= 999.5 else 1 if abs(value) >= 9.995 else 2
-    return f"{value:.{digits}f}".replace("-", "−").removeprefix("−" if float(f"{value:.{digits}f}") == 0 else "?")
+    text = f"{value:.{digits}f}"
+    return text.replace("-", "−") if float(text) else text.removeprefix("-")
+
+
+def exact(value: float) -> str:
+    """A number that somebody has set or published: to two decimals where it has them."""
+    return f"{value:.2f}".rstrip("0").rstrip(".").replace("-", "−")
 
 
 def whole(value: float) -> str:
@@ -166,10 +172,8 @@ def marks(cell: Cell) -> str:
     now = collect.code_hash((suites.SCRIPTS / f"{cell.entry.script}.py").read_text())
     n, changed = len(cell.rows), sum(row["code"] != now for row in cell.rows)
     dirty = sum(row["clean"] == "no" for row in cell.rows)
-    some = lambda count: "" if count == n else f" ({count} of {n} runs)"  # noqa: E731
-    words = [f"script changed since{some(changed)}"] if changed else []
-    words += [f"uncommitted changes{some(dirty)}"] if dirty else []
-    return ", ".join(words)
+    counts = {"script changed since": changed, "uncommitted changes": dirty}
+    return ", ".join(word if count == n else f"{word} ({count} of {n} runs)" for word, count in counts.items() if count)
 
 
 def machine(row: dict[str, str]) -> str:
@@ -182,14 +186,14 @@ def score_row(cell: Cell) -> list[str]:
     seeds = f"{len(cell.rows)} of {entry.seeds}" if len(cell.rows) < entry.seeds else str(len(cell.rows))
     start = [f"[`{entry.script}`](../algos/{entry.script}.py)", whole(entry.steps), seeds]
     if not cell.rows:
-        return [*start, "no runs yet", "", "", "", form(entry.target), "", "", "", "", ""]
+        return [*start, "no runs yet", "", "", "", exact(entry.target), "", "", "", "", ""]
     return [
         *start,
         with_interval(finals, bold=True),
         form(np.median(finals)),
         f"{form(finals.min())} … {form(finals.max())}",
         with_interval(cell.values("eval_mean")),
-        f"{form(entry.target)} " + ("met" if finals.mean() >= entry.target else "**not met**"),
+        f"{exact(entry.target)} " + ("met" if finals.mean() >= entry.target else "**not met**"),
         form(np.median(cell.values("minutes"))),
         whole(np.median(cell.values("sps"))),
         cell.distinct(machine),
@@ -221,7 +225,7 @@ class Peer:
 
     @property
     def is_below(self) -> bool:
-        return bool(len(self.ours) and self.ours.mean() < self.score)
+        return bool(self.ours.mean() < self.score)
 
     @property
     def verdict(self) -> str:
@@ -247,27 +251,28 @@ def peers(cell: Cell, reference: list[dict[str, str]]) -> list[Peer]:
     """Published scores of this algorithm here; of one project by one measure, the one with the nearest budget."""
     found = {}
     for row in reference:
-        if (row["env_id"], row["algo"]) == (cell.entry.env, cell.algo) and row["metric"] in MEASURES and cell.rows:
+        if (row["env_id"], row["algo"]) == (cell.entry.env, cell.algo) and row["metric"] in MEASURES:
             gap = abs(math.log(float(row["steps"] or 1e9) / cell.entry.steps))
             slot = row["source"], row["metric"]
             if slot not in found or gap < found[slot][0]:
                 found[slot] = gap, Peer(row, cell)
-    return [peer for _, peer in found.values()]
+    return [peer for _, peer in found.values() if len(peer.ours)]
 
 
 def peer_row(peer: Peer) -> list[str]:
     spread = {"std_seeds": " ± {} over runs", "std_episodes": " ± {} over episodes"}
     kind = peer.row["spread_kind"].replace("_avg_over_window", "").replace("_ddof1", "")
-    theirs = form(peer.score) + (spread.get(kind, "").format(form(float(peer.row["spread"] or "nan"))))
+    theirs = exact(peer.score) + (spread.get(kind, "").format(form(float(peer.row["spread"] or "nan"))))
     name = f"`{peer.cell.entry.script}`"
     measure = MEASURES[peer.row["metric"]][1]
     return [name, measure, with_interval(peer.ours), theirs, peer.row["source"], peer.verdict, peer.differences]
 
 
 def command(cell: Cell) -> str:
+    """What repeats the first run, and what the entry is for."""
     entry = cell.entry
     words = [f"python algos/{entry.script}.py", f"--env-id {entry.env}", f"--total-timesteps {entry.steps}"]
-    return " ".join([*words, *entry.words, "--seed 1"])
+    return " ".join([*words, *entry.words, "--seed 1"]) + f"  # {' '.join(entry.why.split())}"
 
 
 def slm_row(cell: Cell, random: dict[str, float]) -> list[str]:
@@ -341,12 +346,12 @@ def falls_short(of: Table, reference: list[dict[str, str]]) -> list[str]:
         finals = cell.values("final_return")
         reasons = []
         if len(finals) and finals.mean() < cell.entry.target:
-            reasons.append(f"{form(finals.mean())} against the target {form(cell.entry.target)}")
+            reasons.append(f"{form(finals.mean())} against the target {exact(cell.entry.target)}")
         for peer in peers(cell, reference):
             if peer.is_below:
                 steps = f" after {whole(float(peer.row['steps']))} steps" if peer.row["steps"] else ""
                 other = f" on {peer.row['their_env_id']}" if peer.row["their_env_id"] != cell.entry.env else ""
-                theirs = f"{peer.row['source']}'s {form(peer.score)}{other}{steps}"
+                theirs = f"{peer.row['source']}'s {exact(peer.score)}{other}{steps}"
                 reasons.append(f"{form(peer.ours.mean())} against {theirs} ({MEASURES[peer.row['metric']][1]})")
         if reasons:
             tried = getattr(cell.entry, "tried", "") or "nothing is written down yet."
@@ -358,19 +363,24 @@ def falls_short(of: Table, reference: list[dict[str, str]]) -> list[str]:
 def suite_section(of: Table, reference: list[dict[str, str]], random: dict[str, float]) -> list[str]:
     suite, environments = of.suite, of.environments()
     lines = [f"## {suite.title}", "", suite.protocol, ""]
-    if not environments:
-        lines += ["No runs yet.", ""]
     lines += aggregate_section(of)
     for env, cells in environments.items():
         lines += environment_section(env, cells, of, reference, random)
     lines += falls_short(of, reference)
-    missing = {}
+    waiting = {}
     for cell in of.cells:
         if cell.entry.env not in environments:
-            missing.setdefault(cell.entry.env, []).append(f"`{cell.entry.script}`")
-    if missing:
-        waiting = "; ".join(f"{env} ({', '.join(scripts)})" for env, scripts in missing.items())
-        lines += [f"No runs yet of {waiting}.", ""]
+            waiting.setdefault(cell.entry.env, []).append(f"`{cell.entry.script}`")
+    by_scripts = {}
+    for env, scripts in waiting.items():
+        by_scripts.setdefault(", ".join(scripts), []).append(env)
+    if waiting:
+        lines += [
+            "No runs yet:",
+            "",
+            *(f"- {scripts} on {', '.join(envs)}" for scripts, envs in by_scripts.items()),
+            "",
+        ]
     if of.hidden:
         lines += [f"Not shown: {of.hidden} runs with steps, flags or an entry that the suite no longer has.", ""]
     return [*lines, f"All missing runs: `python benchmark/run.py {suite.name}`", ""]

@@ -149,7 +149,7 @@ class Local:
         return code
 
     def stop(self, handle: subprocess.Popen, force: bool) -> None:
-        with suppress(ProcessLookupError):
+        with suppress(ProcessLookupError, PermissionError):
             os.killpg(handle.pid, signal.SIGKILL if force else signal.SIGINT)
 
 
@@ -165,7 +165,8 @@ class Job:
     seed: int
     folder: Path
     state: str = "waiting"  # waiting, running, elsewhere, done, stale, failed
-    note: str = ""  # why it is stale, how it failed
+    note: str = ""  # why it is stale, how it failed, how it was begun
+    hung: bool = False
     step: int = 0
     seconds: float = 0.0
     trailing: float | None = None  # mean return of the last 100 episodes
@@ -230,7 +231,7 @@ def take_lock(path: Path, create: bool = True) -> int | None:
         lock = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o644)
     except FileNotFoundError:
         return None
-    with suppress(OSError):
+    with suppress(BlockingIOError, FileNotFoundError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(lock), path.stat()):  # else its last owner removed the file in the meantime
             return lock
@@ -298,16 +299,16 @@ def time_left(jobs: list[Job], slots: int) -> tuple[dict[int, float], float | No
             for key in ((job.entry.name,), (job.entry.script,), ()):
                 paces.setdefault(key, []).append(job.seconds / job.step)
 
-    def needs(job: Job) -> float | None:
-        own = job.seconds / job.step if job.step and job.state != "waiting" else None
-        keys = ((job.entry.name,), (job.entry.script,), ())
-        pace = own or next((fmean(paces[key]) for key in keys if key in paces), None)
-        return None if pace is None else pace * max(0, job.entry.steps - (job.step if job.state != "waiting" else 0))
-
-    open_jobs = [job for job in jobs if job.state in ("waiting", "running", "elsewhere")]
-    needed = {id(job): needs(job) for job in open_jobs}
-    if None in needed.values():
-        return {key: value for key, value in needed.items() if value is not None}, None
+    needed: dict[int, float] = {}
+    todo = [job for job in jobs if job.state in ("waiting", "running", "elsewhere")]
+    for job in todo:
+        known = [paces[key] for key in ((job.entry.name,), (job.entry.script,), ()) if key in paces]
+        if job.step and job.seconds:
+            known.insert(0, [job.seconds / job.step])
+        if known:
+            needed[id(job)] = fmean(known[0]) * max(0, job.entry.steps - job.step)
+    if len(needed) < len(todo):
+        return needed, None
     return needed, max(sum(needed.values()) / slots, max(needed.values(), default=0.0))
 
 
@@ -334,8 +335,8 @@ class Display:
         """Say what has become of a job. In a terminal the table says it, but for a failure, which stays above it."""
         if self.live and job.state != "failed":
             return
-        about = {"done": f"return {short(job.trailing)}, {clock(job.seconds)}", "running": ""}
-        text = f"{job.state:9} {job.name}  {about.get(job.state, job.note)}".rstrip()
+        about = f"return {short(job.trailing)}, {clock(job.seconds)}" if job.state == "done" else job.note
+        text = f"{job.state:9} {job.name}  {about}".rstrip()
         lines = [f"{text}; its log: {shown(job.beside('.log'))}"] if job.state == "failed" else [text]
         lines += [f"    {line}" for line in job.last_lines()] if job.state == "failed" else []
         self.console.print("\n".join(lines))
@@ -373,12 +374,11 @@ class Display:
         for job in rows[: max(3, self.console.height - 4)]:
             step = f"{short(job.step)} / {short(job.entry.steps)}" if job.step else ""
             speed = short(job.step / job.seconds) if job.seconds else ""
-            end = {"running": clock(left.get(id(job))), "done": clock(job.seconds)}.get(job.state, job.note)
-            if job.state == "failed":
-                end += f"; {shown(job.beside('.log'))}"
+            ends = {"running": clock(left.get(id(job))), "done": clock(job.seconds), "stale": job.note}
+            ends["failed"] = f"{job.note}; {shown(job.beside('.log'))}"
             style = {"running": "bold", "failed": "red", "stale": "yellow", "done": "green"}.get(job.state, "dim")
             name = job.name if self.several else job.folder.name
-            table.add_row(name, job.state, step, speed, short(job.trailing), end, style=style)
+            table.add_row(name, job.state, step, speed, short(job.trailing), ends.get(job.state), style=style)
         return table
 
 
@@ -447,7 +447,8 @@ class Runner:
             line = shlex.join([*(f"{name}={value}" for name, value in env.items()), *command])
             file.write(f"# {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC\n$ {line}\n")
         job.log_start, job.sign_at, job.began = log.stat().st_size, time.monotonic(), time.monotonic()
-        job.step, job.seconds, job.trailing, job.note = 0, 0.0, None, ""
+        job.step, job.seconds, job.trailing = 0, 0.0, None
+        job.note = "resumed" if "--resume" in command else f"anew; what was there is now {aside.name}" if aside else ""
         job.handle = self.backend.submit(command, env, Resources(self.args.threads, job.slot, log, job.lock))
         job.state = "running"
         self.display.event(job)
@@ -468,7 +469,7 @@ class Runner:
                 if (sign := job.signs_of_life()) != job.sign:
                     job.sign, job.sign_at = sign, time.monotonic()
                 elif time.monotonic() - job.sign_at > 60 * self.args.hang_after:
-                    job.note = f"hangs: no sign of life for {self.args.hang_after:g} minutes"
+                    job.hung = True
                     self.backend.stop(job.handle, force=True)
             self.display.refresh()
             self.looked = time.monotonic()
@@ -476,20 +477,19 @@ class Runner:
     def end(self, job: Job, code: int) -> None:
         job.handle = None
         self.free.append(job.slot)
-        if job.note:  # it was killed because it hung
-            job.state = "failed"
-        elif code != 0:
-            job.state = "failed"
-            job.note = f"exit code {code}" if code > 0 else f"killed by signal {-code}, {signal.strsignal(-code)}"
-        else:
-            job.look(self.args.scripts)
-            if job.state == "waiting":
-                job.state, job.note = "failed", "ended without a result"
+        job.look(self.args.scripts)
+        if job.hung:
+            job.state, job.note = "failed", f"hangs: no sign of life for {self.args.hang_after:g} minutes"
+        elif code:
+            how = f"exit code {code}" if code > 0 else f"killed by signal {-code}, {signal.strsignal(-code)}"
+            job.state, job.note = "failed", how
+        elif job.state == "waiting":
+            job.state, job.note = "failed", "ended without a result"
         give_lock(job)
         if not self.stopping:
             self.display.event(job)
         elif job.state == "failed":  # by our own signal
-            job.state = "waiting"
+            job.state, job.note = "waiting", ""
 
     def stop_all(self) -> None:
         """End what is running: with SIGINT, and after a while, or when asked once more, by force."""

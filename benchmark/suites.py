@@ -32,6 +32,7 @@ import re
 import shlex
 import tomllib
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -108,9 +109,10 @@ def why_stale(folder: Path, entry: Entry, seed: int, scripts: Path = SCRIPTS) ->
 # ------------------------------------------------------------------------------------------------- reading and checking
 
 
-def flags_of(script: Path) -> dict[str, str]:
-    """The fields of a script's Args and their annotations, {"learning_rate": "float", ...}."""
-    for node in ast.parse(script.read_text()).body:
+@cache
+def flags_of(source: str) -> dict[str, str]:
+    """The fields of the Args in a script's text and their annotations, {"learning_rate": "float", ...}."""
+    for node in ast.parse(source).body:
         if isinstance(node, ast.ClassDef) and node.name == "Args":
             return {x.target.id: ast.unparse(x.annotation) for x in node.body if isinstance(x, ast.AnnAssign)}
     return {}
@@ -161,7 +163,7 @@ def read_entry(row: dict, where: str, scripts: Path) -> Entry:
     if not path.is_file():
         raise SuiteError(f"{where}: there is no script {path}")
     try:
-        known = flags_of(path)
+        known = flags_of(path.read_text())
     except SyntaxError as error:
         raise SuiteError(f"{where}: {path.name} cannot be read: {error}") from None
     for key, value in row.get("flags", {}).items():

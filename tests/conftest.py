@@ -3,6 +3,7 @@
 import csv
 import importlib
 import inspect
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 import safetensors.torch
 import torch
 from gymnasium.spaces import Box, Discrete
+from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
@@ -245,12 +247,19 @@ def saved_agent(script: str, folder: Path, env_id: str | None = None):
 # ------------------------------------------------------------------------------------------------------------- fixtures
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """With several workers, all tests of a script go to one: its runs, which the tests share, are made once."""
-    for item in items:
-        if name := getattr(item, "callspec", None) and item.callspec.params.get("script"):
-            item.add_marker(pytest.mark.xdist_group(name))
+class ByScript(LoadScopeScheduling):
+    """With several workers, all tests of a script go to one: its runs, which the tests share, are made once.
+
+    Not by --dist loadgroup, which with pytest 9.2 groups nothing and does not say so (pytest-xdist issue 1386).
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        """name.py::test[ppo-other] -> ppo; a test of no script is a group of its own."""
+        return next((word for word in re.findall(r"\w+", nodeid.partition("[")[2]) if word in SCRIPTS), nodeid)
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return ByScript(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -1,28 +1,33 @@
-"""benchmark/suites.py and benchmark/run.py: mistakes in suites, and that no kill, failure or second runner loses, spoils
-or repeats a run. Most of it with a script that only pretends to learn, so that a run takes milliseconds."""
+"""benchmark/suites.py and benchmark/run.py: mistakes in suites are found, and no kill, failure or second runner loses,
+spoils or repeats a run. Most of it with a script that only pretends to learn, so that a run takes milliseconds."""
 
 import csv
-import fcntl
 import json
 import os
+import pty
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 import gymnasium as gym
 import pytest
-from conftest import ROOT, TIMEOUT, bits
+from conftest import ROOT, bits
 
 from benchmark import run, suites
 
+TIMEOUT = 120  # seconds for any one process: a hang, whatever else the machine is doing
 SHIPPED = sorted(path.stem for path in suites.SUITES.glob("*.toml"))
 
 FAKE = """
+from __future__ import annotations
+
 import hashlib, json, os, shlex, signal, sys, time
 from pathlib import Path
 
@@ -54,7 +59,8 @@ def write(name, content):
 if "--resume" not in given:
     folder.mkdir(parents=True, exist_ok=True)
     assert not any(folder.iterdir()), "not empty"
-    args = {"env_id": given["--env-id"], "total_timesteps": int(given["--total-timesteps"]), "seed": int(given["--seed"])}
+    args = {"env_id": given["--env-id"], "seed": int(given["--seed"])}
+    args |= {"total_timesteps": int(given["--total-timesteps"])}
     args |= {"mode": given.get("--mode", "ok"), "pace": float(given.get("--pace", 0)), "on": True, "size": 3}
     described = {"args": args, "command": shlex.join(sys.argv), "script": "fake.py"}
     write("args.json", described | {"sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()})
@@ -116,10 +122,10 @@ class House:
         path.write_text("".join(f"{key} = {toml(value)}\n" for key, value in content.items() if value is not None))
         return path
 
-    def start(self, *words, suite: str = "s.toml") -> subprocess.Popen:
+    def start(self, *words, suite: str = "s.toml", stdout=subprocess.PIPE) -> subprocess.Popen:
         command = [sys.executable, ROOT / "benchmark" / "run.py", suite, "--scripts", "algos", "--runs-dir", "runs"]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": stdout, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen([*command, *map(str, words)], cwd=self.path, env=environment, **pipes)
 
     def run(self, *words, **kwargs) -> SimpleNamespace:
@@ -134,7 +140,9 @@ class House:
     def wait(self, process: subprocess.Popen, lines: int, *kinds: str) -> None:
         end = time.monotonic() + TIMEOUT
         while len(self.journal(*kinds)) < lines:
-            assert process.poll() is None and time.monotonic() < end, process.communicate()
+            if process.poll() is not None or time.monotonic() > end:
+                process.kill()
+                pytest.fail(f"the runner ended, or waits for something: {process.communicate()}")
             time.sleep(0.005)
 
     def results(self) -> dict[str, dict]:
@@ -170,7 +178,7 @@ def house(tmp_path) -> House:
     return House(tmp_path)
 
 
-# ----------------------------------------------------------------------------------------------------------- suites
+# --------------------------------------------------------------------------------------------------------------- suites
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -368,6 +376,7 @@ def test_dry_run_prints_what_it_would_do_and_does_nothing(house):
         shutil.copytree(house.runs / "B-v1__fake__1", folder)
         described = json.loads((folder / "args.json").read_text())
         described["args"] |= {"env_id": env, "seed": seed, "pace": 0.001}
+        described["command"] += " --pace 0.001"
         (folder / "args.json").write_text(json.dumps(described))
         (folder / "result.json").unlink()
         (folder / "checkpoint.json").unlink()
@@ -423,6 +432,12 @@ def test_stale_runs_are_shown_and_made_anew_only_on_demand(house):
     assert old.exists() and (house.runs / "B-v1__fake__1.old-2" / "result.json").exists()
 
 
+def test_a_run_that_stays_stale_is_made_once(house):
+    house.suite({"flags": {"on": False}}, seeds=1)  # the script says that it was on
+    assert house.run().code == 0
+    assert "1 stale of 1" in house.run("--rerun-stale").out and len(house.journal("begin")) == 2
+
+
 def test_an_unfinished_run_of_another_script_is_not_mixed_with_this_one(house):
     house.suite({"steps": 40, "flags": {"pace": 0.02}}, seeds=1)
     process = house.start()
@@ -461,7 +476,7 @@ def test_what_makes_a_run_stale(house):
     assert "args.json" in suites.why_stale(folder, entry, 1, scripts)
 
 
-# --------------------------------------------------------------------------------------------------------------- failures
+# ------------------------------------------------------------------------------------------------------------- failures
 
 
 @pytest.mark.parametrize(
@@ -469,7 +484,7 @@ def test_what_makes_a_run_stale(house):
     [
         ("fail", "exit code 3", []),
         ("silent", "ended without a result", []),
-        ("hang", "no sign of life for 0.02 minutes", ["--hang-after", 0.02]),
+        ("hang", "hangs: no sign of life for 0.02 minutes", ["--hang-after", 0.02]),
     ],
 )
 def test_a_failure_is_shown_and_stops_nothing_else(mode, note, words, house):
@@ -498,7 +513,7 @@ def test_a_run_killed_from_outside_is_a_failure_and_can_go_on(house):
     assert house.run().code == 0 and len(house.journal("resume")) == 1
 
 
-# ---------------------------------------------------------------------------------------------------- kills and stops
+# ------------------------------------------------------------------------------------------------------ kills and stops
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the lock alone protects")
@@ -563,7 +578,7 @@ def test_a_job_that_does_not_stop_is_killed(house):
     assert not lives(house.journal()[0][1])
 
 
-# ------------------------------------------------------------------------------------------------------- several runners
+# ------------------------------------------------------------------------------------------------------ several runners
 
 
 def test_two_runners_share_the_work(house):
@@ -579,24 +594,33 @@ def test_two_runners_share_the_work(house):
 
 
 def test_a_run_that_an_orphan_makes_is_left_to_it(house):
-    """A process that has inherited the lock and lives on, as where jobs do not die with their runner."""
-    house.suite({}, {"env": "B-v1"}, seeds=1)
-    house.runs.mkdir(parents=True)
-    lock = os.open(house.runs / "A-v1__fake__1.lock", os.O_RDWR | os.O_CREAT)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    orphan = subprocess.Popen(["sleep", "1000"], pass_fds=[lock])
-    os.close(lock)
-    try:
-        assert "# s/A-v1__fake__1 is running elsewhere" in house.run("--dry-run").out
-        process = house.start("--jobs", 2)
-        house.wait(process, 1, "end")
-        time.sleep(0.5)
-        assert process.poll() is None and [x[0] for x in house.journal("begin")] == ["B-v1__fake__1"]
-    finally:
-        orphan.kill()
-        orphan.wait()
-    assert finish(process).code == 0
-    assert [x[0] for x in house.journal("begin")] == ["B-v1__fake__1", "A-v1__fake__1"]
+    """Where jobs do not die with their runner, they keep its lock."""
+    house.suite({"steps": 100, "flags": {"pace": 0.04}}, {"env": "B-v1"}, seeds=1)
+    code = "from benchmark import run; run.LIBC = None; run.main()"
+    words = ["s.toml", "--scripts", "algos", "--runs-dir", "runs", "--jobs", "1"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    first = subprocess.Popen([sys.executable, "-c", code, *words], cwd=house.path, env=environment, text=True)
+    house.wait(first, 1, "begin")
+    kill(first)
+    assert "# s/A-v1__fake__1 is running elsewhere" in house.run("--dry-run").out
+    second = house.start("--jobs", 2)
+    house.wait(second, 2, "begin")
+    ((_, orphan, *_), (name, *_)) = house.journal("begin")
+    assert name == "B-v1__fake__1" and lives(orphan)
+    done = finish(second)
+    assert done.code == 0 and "2 done of 2" in done.out and len(house.results()) == 2
+    assert len(house.journal()) == 4 and not lives(orphan)  # two begin, two end
+
+
+def test_what_a_job_leaves_behind_is_ended(house):
+    house.script.write_text(FAKE + "\nif os.fork() == 0:\n    journal('left')\n    time.sleep(1000)\ntime.sleep(0.5)\n")
+    house.suite(seeds=1)
+    assert house.run().code == 0
+    ((_, pid, _),) = house.journal("left")
+    end = time.monotonic() + 10
+    while lives(pid) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not lives(pid)
 
 
 def test_a_lock_is_held_once(tmp_path):
@@ -616,7 +640,7 @@ def test_a_lock_is_held_once(tmp_path):
     os.close(lock)
 
 
-# ----------------------------------------------------------------------------------------------- backends, and the display
+# -------------------------------------------------------------------------------------------- backends, and the display
 
 
 class Cloud:
@@ -733,13 +757,32 @@ def test_the_table_fits_the_terminal(house, jobs, monkeypatch):
     assert lines[-1].strip() == "30 done, 4 running, 2 running elsewhere, 62 waiting, 2 failed of 100"
 
 
+def test_in_a_terminal_there_is_a_live_table(house, monkeypatch):
+    house.suite({"steps": 20, "flags": {"pace": 0.1}}, {"env": "B-v1", "flags": {"mode": "fail"}}, seeds=1)
+    screen, terminal = pty.openpty()
+    for name, value in {"TERM": "xterm", "COLUMNS": "100", "LINES": "30"}.items():
+        monkeypatch.setenv(name, value)
+    process, seen = house.start("--jobs", 2, stdout=terminal), b""
+    os.close(terminal)
+    with suppress(OSError):  # Linux's way to say that the other end is closed
+        while part := os.read(screen, 10_000):
+            seen += part
+    os.close(screen)
+    done = finish(process)
+    assert done.code == 1 and done.err == "failed: s/B-v1__fake__1: exit code 3; its log: runs/s/B-v1__fake__1.log\n"
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen.decode()).splitlines()
+    assert any(re.match(r"A-v1__fake__1 +running +\d+ / 20 +100 ", line) for line in lines)
+    assert any(re.match(r"B-v1__fake__1 +failed .* exit code 3; runs/s/B-v1__fake__1.log", line) for line in lines)
+    assert lines.count("    the loss is [not] finite") == 1 and lines[-1].strip() == "1 done, 1 failed of 2"
+
+
 def test_numbers_are_short():
     assert [run.short(x) for x in (None, 0, 3.14159, 475, 999.6, 12_345, 1_234_567, -1197.2, 10**7)] == [
         *("", "0", "3.14", "475", "1e+03", "12.3k", "1.23M", "-1.2k", "10M")
     ]
 
 
-# ----------------------------------------------------------------------------------------------------- with real scripts
+# ---------------------------------------------------------------------------------------------------- with real scripts
 
 
 @pytest.mark.slow
@@ -749,17 +792,17 @@ def test_the_smoke_suite_killed_three_times_gives_the_same_results(tmp_path):
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         return subprocess.Popen([sys.executable, ROOT / "benchmark" / "run.py", *words], cwd=tmp_path, env=environment)
 
-    assert start("undisturbed").wait(TIMEOUT) == 0
+    assert start("undisturbed").wait(10 * TIMEOUT) == 0
     for i in range(3):
         process = start("disturbed")
-        end = time.monotonic() + TIMEOUT  # kill it in the middle of something: i + 1 run folders are there
+        end = time.monotonic() + 10 * TIMEOUT  # kill it in the middle of something: i + 1 run folders are there
         while len(list((tmp_path / "disturbed" / "smoke").glob("*/episodes.csv"))) <= i and time.monotonic() < end:
             time.sleep(0.01)
         time.sleep(random.uniform(0, 4))
         assert process.poll() is None, "it ended before it could be killed"
         process.kill()
         process.wait()
-    assert start("disturbed").wait(TIMEOUT) == 0
+    assert start("disturbed").wait(10 * TIMEOUT) == 0
     folders = sorted(path.parent.name for path in (tmp_path / "undisturbed" / "smoke").glob("*/result.json"))
     assert len(folders) == 5
     for name in folders:

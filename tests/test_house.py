@@ -9,7 +9,7 @@ import tomllib
 
 import pytest
 import shared
-from conftest import ROOT, SCRIPTS, TIMEOUT
+from conftest import ROOT, SCRIPTS, TIMEOUT, ByScript
 
 TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
 
@@ -76,6 +76,18 @@ def test_the_map_shows_every_script_and_no_score():
     assert sorted(re.findall(r"\w+", drawing)) == SCRIPTS
     assert "(../README.md)" in page and "(algos/README.md)" in (ROOT / "README.md").read_text()
     assert re.findall(r"\b\d[\d.,]*\b", page) == []
+
+
+def test_all_tests_of_a_script_go_to_one_worker():
+    ids = [
+        "a.py::test_x[dqn]",
+        "b.py::test_y[dqn-no folder]",
+        "b.py::test_y[3-dqn_per]",
+        "b.py::test_y[dqns]",
+        "b.py::dqn",
+    ]
+    groups = [ByScript._split_scope(None, name) for name in ids]
+    assert groups == ["dqn", "dqn", "dqn_per", *ids[3:]]
 
 
 def test_lines_fit_in_120_columns():

@@ -39,7 +39,14 @@ PROBE_FLAGS = {  # enough for every probe, whatever the script's own defaults ar
 }
 
 ONE_STEP = {"num_steps": 4, "learning_rate": 1e-2}  # one gradient step per rollout: more rollouts, larger steps
-TARGET_NETWORK = {"target_network_frequency": 8, "start_e": 1.0, "end_e": 0.1, "exploration_fraction": 0.5}
+TARGET_NETWORK = {  # and enough, for a value that is looked up in a replay
+    "total_timesteps": 4000,
+    "gradient_steps": 1,
+    "target_network_frequency": 8,
+    "start_e": 1.0,
+    "end_e": 0.1,
+    "exploration_fraction": 0.5,
+}
 
 OWN_PROBE_FLAGS = {  # on top, for scripts that learn in another rhythm
     "a2c_gae": ONE_STEP,
@@ -85,6 +92,17 @@ REAL = {  # by suffix: environment, return that the mean of the last 100 trainin
             "hidden_size": 64,
         },
     ),
+}
+
+SAC = {"hidden_size": 64, "batch_size": 64, "buffer_size": 50_000, "learning_starts": 1000, "train_frequency": 8}
+SAC |= {"gradient_steps": 2, "policy_lr": 1e-3, "q_lr": 1e-3, "tau": 0.01, "anneal_lr": True}
+
+OWN_REAL_FLAGS = {  # on top, likewise
+    "sac_discrete": SAC,
+    "sac_continuous": SAC | {"total_timesteps": 40_000},
+    "a2c_gae": {"total_timesteps": 80_000, "num_steps": 16, "learning_rate": 4e-3, "ent_coef": 0.0},
+    "reinforce": {"total_timesteps": 80_000, "num_envs": 1, "episodes_per_update": 2, "learning_rate": 5e-3},
+    "sarsa": {"total_timesteps": 80_000, "num_steps": 4, "learning_rate": 1e-3},
 }
 
 VECTOR = [name for name in SCRIPTS if family(name).suffix != "_atari"]
@@ -166,6 +184,7 @@ def test_policy_depends_on_the_observation(script, learn):
 @pytest.mark.parametrize("script", VECTOR)
 def test_real_environment(script, train):
     env_id, threshold, flags = REAL[family(script).suffix]
+    flags = flags | OWN_REAL_FLAGS.get(script, {})
     folder = train(script, env_id=env_id, checkpoint_every=0, eval_episodes=10, **flags)
     last = [episode_return for _, episode_return, _ in episodes(folder)][-100:]
     assert len(last) == 100 and np.mean(last) >= threshold

@@ -141,10 +141,10 @@ def test_episodes_of_several_environments_stay_apart(batches):
 
 def test_a_checkpoint_drops_the_running_episodes(batches):
     """After each update here: the environments are made anew, and no step of the old ones is learned from later."""
-    found = batches(num_envs=2, episodes_per_update=1, total_timesteps=38, checkpoint_every=1)
-    assert len(found) == 5 and len(Counter.made) == 2 * 5
-    for i, (obs, *_) in enumerate(found):  # counters 2i and 2i + 1; the shorter one ends first
-        index = min((2 * i, 2 * i + 1), key=lambda index: index % 4)
+    found = batches(num_envs=3, episodes_per_update=1, total_timesteps=3 * (3 + 3 + 3 + 4 + 3), checkpoint_every=1)
+    assert len(found) == 5 and len(Counter.made) == 3 * 5
+    for i, (obs, *_) in enumerate(found):
+        index = min(range(3 * i, 3 * i + 3), key=lambda index: index % 4)  # the shortest ends first, in any place
         assert obs.tolist() == [[index, 0, t] for t in range(3 + index % 4)]
 
 
@@ -178,22 +178,42 @@ def test_learning_rate_falls_from_full_to_above_zero(train, monkeypatch):
         assert rates == pytest.approx(expected)
 
 
-def test_actions_have_the_frequencies_of_the_policy(train, monkeypatch):
-    logits, original = torch.tensor([0.8, -0.2]), reinforce.Agent.__init__
+@pytest.fixture
+def fixed_logits(monkeypatch):
+    """fixed_logits(values): the policy is the same in every state."""
+    original = reinforce.Agent.__init__
 
-    def init(self, *args):
-        original(self, *args)
-        self.actor[-1].weight.data.zero_()
-        self.actor[-1].bias.data.copy_(logits)
+    def fix(values: list[float]) -> np.ndarray:
+        def init(self, *args):
+            original(self, *args)
+            self.actor[-1].weight.data.zero_()
+            self.actor[-1].bias.data.copy_(torch.tensor(values))
 
-    monkeypatch.setattr(reinforce.Agent, "__init__", init)
+        monkeypatch.setattr(reinforce.Agent, "__init__", init)
+        return torch.tensor(values).softmax(0).numpy()
+
+    return fix
+
+
+def test_actions_have_the_frequencies_of_the_policy(train, rollouts, fixed_logits):
+    probabilities = fixed_logits([1.0, 0.0, -1.5])
+    found = rollouts("reinforce")
+    flags = {"num_envs": 1, "episodes_per_update": 1, "total_timesteps": 4500, "checkpoint_every": 0}
+    train("reinforce", env_id="Acrobot-v1", **flags)
+    actions = np.concatenate([batch[1] for batch, _ in found])
+    counts, expected = np.bincount(actions, minlength=3), len(actions) * probabilities
+    assert len(actions) > 4000 and ((counts - expected) ** 2 / expected).sum() < 25  # two degrees of freedom
+    pairs = np.bincount(actions[1:] * 3 + actions[:-1], minlength=9) / (len(actions) - 1)  # each step is drawn anew
+    np.testing.assert_allclose(pairs, np.outer(probabilities, probabilities).flatten(), atol=0.04)
+
+
+def test_each_environment_acts_for_itself(train, fixed_logits):
+    fixed_logits([0.8, -0.2])
     Counter.made.clear()
     flags = {"num_envs": 4, "episodes_per_update": 10_000, "total_timesteps": 8000, "checkpoint_every": 0}
     train("reinforce", env_id="Test/Counter-v0", eval_episodes=1, **flags)
-    actions, p = np.array([env.actions for env in Counter.made[:4]]), logits.softmax(0)[1].item()  # (N, T)
-    assert actions.mean(1) == pytest.approx(np.full(4, p), abs=0.05)
-    assert abs(np.corrcoef(actions) - np.eye(4)).max() < 0.1  # each environment for itself, and each step
-    assert abs(np.corrcoef(actions[:, 1:].flatten(), actions[:, :-1].flatten())[0, 1]) < 0.05
+    actions = np.array([env.actions for env in Counter.made[:4]])  # (N, T)
+    assert actions.shape == (4, 2000) and abs(np.corrcoef(actions) - np.eye(4)).max() < 0.1
 
 
 def test_no_baseline_learns_too(train):

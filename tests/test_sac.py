@@ -173,7 +173,7 @@ def test_actor_loss_is_its_definition(script, rng):
 @pytest.mark.parametrize("script", DISCRETE)
 def test_loss_is_its_definition(script, rng):
     """The sum of three losses; each part of the agent gets the gradient of its own alone."""
-    module, (agent, target, args) = load(script), make_parts(script, gamma=0.9, target_entropy_scale=0.7)
+    module, (agent, target, args) = load(script), make_parts(script, gamma=0.9)
     alpha = math.exp(agent.log_alpha.data.fill_(-0.7).item())
     obs, actions, rewards, next_obs, terminations = batch(script, rng)
 
@@ -196,7 +196,8 @@ def test_loss_is_its_definition(script, rng):
             entropy -= (p * p.log()).item() / B
             smaller.add((q[0, i, a] < q[1, i, a]).item())
     assert smaller == {True, False}
-    loss, metrics = module.sac_loss(agent, target, args, obs, actions, rewards, next_obs, terminations)
+    data = obs, actions, rewards, next_obs, terminations
+    loss, metrics = module.sac_loss(agent, target, args, torch.tensor(0.2), *data)
     q_taken = np.mean([q[k, i, actions[i]].item() for k in range(2) for i in range(B)])
     expected = {"qf_loss": qf_loss.item(), "actor_loss": actor_loss.item(), "q_values": q_taken}
     expected |= {"entropy": entropy, "alpha": alpha}
@@ -205,7 +206,7 @@ def test_loss_is_its_definition(script, rng):
     loss.backward()
     assert_gradients(agent.critics, gradients(qf_loss, agent.critics))
     assert_gradients(agent.actor, gradients(actor_loss, agent.actor))
-    assert agent.log_alpha.grad.item() == pytest.approx(entropy - 0.7 * math.log(4), rel=1e-4)
+    assert agent.log_alpha.grad.item() == pytest.approx(entropy - 0.2, rel=1e-4)
     assert all(parameter.grad is None for parameter in target.parameters()) and not metrics.requires_grad
 
 
@@ -215,7 +216,7 @@ def test_soft_values_are_what_samples_average_to(script, rng):
     obs, draws, alpha = torch.randn(1, 3), 100_000, torch.tensor(0.3)
     with torch.no_grad():
         logprobs, q = agent.logprobs(obs), target(obs)
-        actions = agent.sample(obs.expand(draws, 3))
+        actions = agent.sample(obs.expand(draws, 3), torch.from_numpy(rng.gumbel(size=(draws, 4))))
         samples = q.amin(0)[0, actions] - alpha * logprobs[0, actions]
         exact = load(script).soft_values(q, logprobs, alpha).item()
     assert exact == pytest.approx(samples.mean().item(), abs=4 * samples.std().item() / draws**0.5)
@@ -227,7 +228,8 @@ def test_actions_are_drawn_from_the_policy(script, rng):
     obs, draws = torch.randn(1, 3), 100_000
     with torch.no_grad():
         probs = agent.actor(obs).softmax(-1)[0].numpy()
-        counts = np.bincount(agent.sample(obs.expand(draws, 3)).numpy(), minlength=4)
+        actions = agent.sample(obs.expand(draws, 3), torch.from_numpy(rng.gumbel(size=(draws, 4))))
+        counts = np.bincount(actions.numpy(), minlength=4)
         assert agent.act(obs).item() == probs.argmax()
     assert ((counts - draws * probs) ** 2 / (draws * probs)).sum() < 16.3  # chi-square of 3 degrees: one in a thousand
 
@@ -252,11 +254,19 @@ def test_temperature_falls_where_the_entropy_is_too_high(script, high, rng):
     if script in CONTINUOUS:
         loss, _ = module.actor_loss(agent, args, torch.randn(B, 2), data[0])
     else:
-        loss, _ = module.sac_loss(agent, target, args, *data)
-    before = agent.log_alpha.exp().item()
+        loss, _ = module.sac_loss(agent, target, args, torch.tensor(0.2), *data)
     loss.backward()
-    torch.optim.SGD([agent.log_alpha], lr=0.1).step()
-    assert (agent.log_alpha.exp().item() < before) == high and agent.log_alpha.exp().item() != before
+    assert (agent.log_alpha.grad.item() > 0) == high and agent.log_alpha.grad.item() != 0  # a step goes against it
+
+
+@pytest.mark.parametrize("script", DISCRETE)
+def test_target_entropy_falls_linearly(script, watch, spy):
+    """From and to shares of log(2), the entropy of two random actions; every update sees the target of its step."""
+    updates = spy(load(script), "sac_loss")
+    flags = {"target_entropy_scale": 0.8, "end_entropy_scale": 0.2, "train_frequency": 3, "learning_starts": 30}
+    watch(script, total_timesteps=300, **flags)
+    shares = [update["target_entropy"].item() / math.log(2) for update, _ in updates]
+    np.testing.assert_allclose(shares, 0.8 - 0.6 * np.arange(30, 300, 3) / 300, rtol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------- target network
@@ -351,8 +361,8 @@ def test_replay_holds_the_actions_that_were_taken(script, watch):
         assert len(stored) == 100
 
 
-@pytest.mark.parametrize("script", CONTINUOUS)
-def test_noise_is_new_for_every_environment_call_and_loss(script, watch, spy, monkeypatch):
+@pytest.mark.parametrize("script", SAC)
+def test_noise_is_new_for_every_environment_call_and_loss(script, watch, monkeypatch):
     module, noises, sample = load(script), [], load(script).Agent.sample
 
     def watched(self, obs, noise):
@@ -362,10 +372,21 @@ def test_noise_is_new_for_every_environment_call_and_loss(script, watch, spy, mo
     monkeypatch.setattr(module.Agent, "sample", watched)
     watch(script, total_timesteps=120, learning_starts=30, batch_size=8)
     shapes = [tuple(noise.shape) for noise in noises]
-    assert shapes.count((3, 2)) == 30 and shapes.count((8, 2)) > 20 and len(set(shapes)) == 2
-    rows = torch.cat(noises)
-    assert len(rows.flatten().unique()) == rows.numel()
-    assert abs(rows.mean()) < 4 / rows.numel() ** 0.5 and abs(rows.std() - 1) < 0.2
+    assert shapes.count((3, 2)) == 30  # one for each step that is not at random
+    assert shapes.count((8, 2)) == (2 * (120 // 4 - 30 // 4) if script in CONTINUOUS else 0)  # and two for each update
+    numbers = torch.cat(noises).flatten()
+    assert len(numbers.unique()) == len(numbers)
+    mean, std = (0, 1) if script in CONTINUOUS else (0.577, math.pi / 6**0.5)  # normal, or Gumbel
+    assert abs(numbers.mean() - mean) < 4 * std / len(numbers) ** 0.5 and abs(numbers.std() / std - 1) < 0.25
+
+
+@pytest.mark.parametrize("script", CONTINUOUS)
+def test_no_environment_gets_what_is_not_a_number(script, watch, monkeypatch):
+    monkeypatch.setattr(load(script).Agent, "policy", lambda self, obs: (torch.full((len(obs), 2), torch.nan),) * 2)
+    with pytest.raises(SystemExit) as end:
+        watch(script, total_timesteps=120, learning_starts=30)
+    assert end.value.code == 3
+    assert all(len(counter.actions) == 10 and np.isfinite(counter.actions).all() for counter in Counter.made[-3:])
 
 
 @pytest.mark.parametrize("script", SAC)

@@ -50,7 +50,7 @@ def test_results_depend_on_the_arguments_alone():
     for call in (
         lambda: stats.mean_interval(x),
         lambda: stats.difference_interval(x, y),
-        lambda: stats.band(np.stack([x, y])),
+        lambda: stats.band(np.random.default_rng(3).normal(size=(9, 4))),
         lambda: stats.iqm_interval([x, y])[1],
         lambda: stats.improvement([x], [y])[1],
         lambda: stats.profile([x, y], floats(1, 3))[1],
@@ -92,6 +92,13 @@ def test_iqm_weighs_environments_the_same_whatever_their_seeds():
     few = [floats(1, 2, 3, 4), floats(5, 6, 7, 8)]
     values = [stats.iqm(np.concatenate(strata), stats.weights(strata)) for strata in (many, few)]
     assert values[0] == pytest.approx(values[1])
+
+
+def test_iqm_with_unequal_weights_is_that_of_copies():
+    """Two seeds here and three there: the same as six of each, three copies and two, whose middle six count."""
+    strata = [floats(7, -2), floats(5, 30, 1)]
+    copies = np.sort(np.concatenate([np.repeat(strata[0], 3), np.repeat(strata[1], 2)]))
+    assert stats.iqm(np.concatenate(strata), stats.weights(strata)) == pytest.approx(copies[3:9].mean())
 
 
 def test_iqm_of_many_rows_is_that_of_each():
