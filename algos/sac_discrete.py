@@ -1,6 +1,6 @@
 """Soft actor-critic (SAC) for vector observations and discrete actions.
 
-    python algos/sac_discrete.py                                    # CartPole-v1, TODO
+    python algos/sac_discrete.py                                    # CartPole-v1
     python algos/sac_discrete.py --env-id LunarLander-v3 --total-timesteps 300000
     python algos/sac_discrete.py --resume runs/CartPole-v1__sac_discrete__1__...
     python algos/sac_discrete.py --evaluate runs/CartPole-v1__sac_discrete__1__... --eval-episodes 20 --video
@@ -8,19 +8,24 @@
 Paper: Christodoulou 2019, "Soft Actor-Critic for Discrete Action Settings", arXiv:1910.07207 ("SAC-D" below), after
 Haarnoja et al. 2018, "Soft Actor-Critic Algorithms and Applications", arXiv:1812.05905.
 
-What differs from the paper: the target entropy (see below); critics, actor and temperature take their steps together,
-so that one pass through the critics serves all; the temperature's loss is taken on log alpha; small networks for vector
-observations, and learning rates that fall linearly (`--no-anneal-lr`); an episode that is cut by a time limit goes on
-for the learner: its target looks at its real last observation. Of the two critics the smaller one counts, as in SAC,
-because errors upwards are sought out by the policy and then believed; SD-SAC (arXiv:2209.10081) takes their mean.
+What differs from the paper: the target entropy and its decline (see below); critics, actor and temperature take their
+steps together, so that one pass through the critics serves all; the temperature's loss is taken on log alpha; small
+networks for vector observations, and learning rates that fall linearly (`--no-anneal-lr`); an episode that is cut by a
+time limit goes on for the learner: its target looks at its real last observation. Of the two critics the smaller one
+counts, as in SAC, because the policy seeks out errors upwards and then the target believes them; SD-SAC
+(arXiv:2209.10081) takes their mean.
 
 The target entropy decides how good the policy can be. The temperature holds the entropy of the policy that explores, a
-mean over replayed states, at `--target-entropy-scale` of the entropy of random actions. With two actions 0.98 of it
-(the paper) means to take the worse action in 42 of 100 steps, 0.89 (CleanRL) in 31, 0.6 (SLM-Lab) in 15: such a policy
-cannot balance a pole for 500 steps or land a rocket, its critics learn the values of its stumbling, and where it learns
-to be sure in some states it has to be more random in others. SLM-Lab reports 406 on CartPole and 106 on LunarLander.
-On Atari, where most actions matter little, this harms less. Here it is 0.2, which is 3 in 100 steps. It still explores
-enough, because the entropy does not begin there: alpha begins at 1, which is much for a new critic, and has to fall.
+mean over replayed states, at a share of the entropy of random actions. With two actions a share of 0.98 (the paper)
+means to take the worse one in 42 of 100 steps, 0.89 (CleanRL) in 31, 0.6 (SLM-Lab's default) in 15: such a policy
+hardly balances a pole for 500 steps, its critics learn the values of its stumbling, and where it is sure in some states
+it has to be more random in others. SLM-Lab reports 406 on CartPole and 106 on LunarLander. Here the target falls
+linearly from `--target-entropy-scale` to `--end-entropy-scale`, at whose default the worse action is taken once in 180
+steps.
+
+The bonus has a second price: alpha times the entropy is paid in every step, so it pays for staying alive. That helps on
+CartPole. On LunarLander an alpha near 1, where CleanRL lets it begin, makes hovering for ever worth some 75, about as
+much as a landing; so it begins at 0.2 here.
 
 What to notice, coming from `dqn.py`: a policy of its own takes the place of epsilon-greedy, so how random an action is
 depends on how much it matters; the maximum over next actions becomes a soft one, an expectation plus alpha times the

@@ -52,16 +52,12 @@ def short(value: float, _=None) -> str:
 
 
 def spread(positions: list[float], gap: float) -> list[float]:
-    """Move positions between 0 and 1 apart until neighbours have this gap, each as little as the ones below allow."""
+    """Move positions between 0 and 1 down until neighbours have this gap, and up where there is no room below."""
     order = sorted(range(len(positions)), key=positions.__getitem__)
-    moved, lowest = list(positions), 0.0
-    for i in order:
-        moved[i] = lowest = max(moved[i], lowest)
-        lowest += gap
-    highest = max(1.0, gap * (len(order) - 1))
+    moved, highest = list(positions), max(1.0, gap * (len(order) - 1))
     for rank, i in reversed(list(enumerate(order))):
-        moved[i] = highest = max(min(moved[i], highest), gap * rank)
-        highest -= gap
+        moved[i] = max(min(positions[i], highest), gap * rank)
+        highest = moved[i] - gap
     return moved
 
 

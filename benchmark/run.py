@@ -225,12 +225,9 @@ class Job:
         return []
 
 
-def take_lock(path: Path, create: bool = True) -> int | None:
+def take_lock(path: Path) -> int | None:
     """The run's lock as an open file descriptor, or None if another process has it."""
-    try:
-        lock = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o644)
-    except FileNotFoundError:
-        return None
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     with suppress(BlockingIOError, FileNotFoundError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(lock), path.stat()):  # else its last owner removed the file in the meantime
@@ -571,8 +568,7 @@ def main() -> None:
     if args.dry_run:
         for job in jobs:
             if job.beside(".lock").exists() and job.state != "done":
-                lock = take_lock(job.beside(".lock"), create=False)
-                if lock is None:
+                if (lock := take_lock(job.beside(".lock"))) is None:
                     job.state = "elsewhere"
                 else:
                     os.close(lock)

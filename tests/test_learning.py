@@ -99,7 +99,7 @@ SAC |= {"gradient_steps": 2, "policy_lr": 1e-3, "q_lr": 1e-3, "tau": 0.01, "anne
 
 OWN_REAL_FLAGS = {  # on top, likewise
     "sac_discrete": SAC,
-    "sac_continuous": SAC | {"total_timesteps": 40_000},
+    "sac_continuous": SAC | {"total_timesteps": 30_000},
     "a2c_gae": {"total_timesteps": 80_000, "num_steps": 16, "learning_rate": 4e-3, "ent_coef": 0.0},
     "reinforce": {"total_timesteps": 80_000, "num_envs": 1, "episodes_per_update": 2, "learning_rate": 5e-3},
     "sarsa": {"total_timesteps": 80_000, "num_steps": 4, "learning_rate": 1e-3},

@@ -450,6 +450,24 @@ print(agent.act(torch.from_numpy(obs)).detach().numpy().tobytes().hex())
         assert done.stdout.strip() == agent.act(torch.from_numpy(obs)).numpy().tobytes().hex(), done.stderr
 
 
+@pytest.mark.parametrize("script", CONTINUOUS)
+def test_the_value_function_sees_what_is_normalised(script, train, rollouts, monkeypatch):
+    """Of every state, also of the last one of an episode that was cut: here the statistics add 1000."""
+    module, N, T = load(script), 4, 16
+    monkeypatch.setattr(module.Agent, "normalize", lambda self, obs: obs + 1000)
+    monkeypatch.setattr(module.Agent, "value", lambda self, obs: obs[..., 2])
+    found = rollouts(script)
+    flags = {"num_envs": N, "num_steps": T, "total_timesteps": N * T, "num_minibatches": 1, "checkpoint_every": 0}
+    Counter.made.clear()
+    train(script, env_id=counter_id(script), norm_obs=True, norm_reward=False, **flags)
+    ((batch, inputs),) = found
+    t = batch[0].reshape(T, N, 3)[..., 2] - 1000
+    cut = inputs["dones"] & ~inputs["terminations"]
+    np.testing.assert_array_equal(inputs["values"], t + 1000)
+    np.testing.assert_array_equal(inputs["next_values"][cut], t[cut] + 1001)
+    assert cut.sum() >= 4 and t.max() == 5 and t.min() == 0
+
+
 # --------------------------------------------------------------------------------------------------------------- seeds
 
 

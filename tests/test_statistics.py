@@ -95,10 +95,10 @@ def test_iqm_weighs_environments_the_same_whatever_their_seeds():
 
 
 def test_iqm_with_unequal_weights_is_that_of_copies():
-    """Two seeds here and three there: the same as six of each, three copies and two, whose middle six count."""
-    strata = [floats(7, -2), floats(5, 30, 1)]
-    copies = np.sort(np.concatenate([np.repeat(strata[0], 3), np.repeat(strata[1], 2)]))
-    assert stats.iqm(np.concatenate(strata), stats.weights(strata)) == pytest.approx(copies[3:9].mean())
+    """Two seeds here and five there: the same as ten of each, five copies and two, whose middle ten count."""
+    strata = [floats(7, 6), floats(5, 30, 1, 8, 2)]
+    copies = np.sort(np.concatenate([np.repeat(strata[0], 5), np.repeat(strata[1], 2)]))
+    assert stats.iqm(np.concatenate(strata), stats.weights(strata)) == pytest.approx(copies[5:15].mean())
 
 
 def test_iqm_of_many_rows_is_that_of_each():
