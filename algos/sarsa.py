@@ -107,7 +107,7 @@ class Args:
     """parallel environments (N)"""
     num_steps: int = 4
     """steps of each environment per rollout, and so per gradient step (T)"""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """learning rate of Adam at the start"""
     anneal_lr: bool = True
     """let the learning rate fall linearly towards 0"""

@@ -354,7 +354,7 @@ def falls_short(of: Table, reference: list[dict[str, str]]) -> list[str]:
                 theirs = f"{peer.row['source']}'s {exact(peer.score)}{other}{steps}"
                 reasons.append(f"{form(peer.ours.mean())} against {theirs} ({MEASURES[peer.row['metric']][1]})")
         if reasons:
-            tried = getattr(cell.entry, "tried", "") or "nothing is written down yet."
+            tried = cell.entry.tried or "nothing is written down yet."
             lines.append(f"- `{cell.entry.script}` on {cell.entry.env}, {whole(cell.entry.steps)} steps: ")
             lines[-1] += "; ".join(reasons) + f". Tried: {tried}"
     return ["### What falls short", "", *lines, ""] if lines else []

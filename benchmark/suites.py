@@ -39,7 +39,8 @@ HERE = Path(__file__).resolve().parent
 SUITES, REFERENCE, SCRIPTS = HERE / "suites", HERE / "reference.csv", HERE.parent / "algos"
 
 OWN = {"env_id", "total_timesteps", "seed", "run_dir", "torch_threads", "device", "resume", "evaluate"}  # the runner's
-ENTRY_KEYS = {"script": str, "env": str, "steps": int, "seeds": int, "target": float, "why": str, "flags": dict}
+ENTRY_KEYS = {"script": str, "env": str, "steps": int, "seeds": int, "target": float, "why": str}
+ENTRY_KEYS |= {"flags": dict, "tried": str}  # these two may be left out
 COMMON = "script", "steps", "seeds"  # keys of an entry that may stand at the top of the suite
 SUITE_KEYS = {"title": str, "protocol": str, "entry": list} | {key: ENTRY_KEYS[key] for key in COMMON}
 
@@ -57,6 +58,7 @@ class Entry:
     target: float
     why: str
     flags: dict  # by the names of the script's Args: {"learning_rate": 0.001, "clip_vloss": False, "target_kl": None}
+    tried: str = ""  # if it falls short of its target: what was done about it
 
     @property
     def name(self) -> str:
@@ -158,7 +160,7 @@ def check_keys(found: dict, known: dict, optional: tuple[str, ...], where: str) 
 
 
 def read_entry(row: dict, where: str, scripts: Path) -> Entry:
-    check_keys(row, ENTRY_KEYS, ("flags",), where)
+    check_keys(row, ENTRY_KEYS, ("flags", "tried"), where)
     path, flags = scripts / f"{row['script']}.py", {}
     if not path.is_file():
         raise SuiteError(f"{where}: there is no script {path}")

@@ -57,7 +57,7 @@ OWN_PROBE_FLAGS = {  # on top, for scripts that learn in another rhythm
     "dqn_per": TARGET_NETWORK,
 }
 
-REAL = {  # by suffix: environment, return that the mean of the last 100 training episodes reaches, flags
+REAL = {  # by suffix, or of one script: environment, what the last 100 training episodes return on average, flags
     "": (
         "CartPole-v1",
         195,
@@ -72,6 +72,21 @@ REAL = {  # by suffix: environment, return that the mean of the last 100 trainin
             "ent_coef": 0.01,
             "gamma": 0.99,
             "gae_lambda": 0.95,
+        },
+    ),
+    "a2c_gae_continuous": (
+        "InvertedPendulum-v5",
+        300,
+        {
+            "total_timesteps": 100_000,
+            "num_envs": 8,
+            "num_steps": 16,
+            "learning_rate": 2e-3,
+            "ent_coef": 0.0,
+            "gamma": 0.99,
+            "gae_lambda": 0.95,
+            "log_std_init": -1.0,
+            "hidden_size": 64,
         },
     ),
     "_continuous": (
@@ -102,7 +117,7 @@ OWN_REAL_FLAGS = {  # on top, likewise
     "sac_continuous": SAC | {"total_timesteps": 30_000},
     "a2c_gae": {"total_timesteps": 80_000, "num_steps": 16, "learning_rate": 4e-3, "ent_coef": 0.0},
     "reinforce": {"total_timesteps": 80_000, "num_envs": 1, "episodes_per_update": 2, "learning_rate": 5e-3},
-    "sarsa": {"total_timesteps": 80_000, "num_steps": 4, "learning_rate": 1e-3},
+    "sarsa": {"total_timesteps": 100_000, "num_steps": 4, "learning_rate": 2e-3},
 }
 
 VECTOR = [name for name in SCRIPTS if family(name).suffix != "_atari"]
@@ -183,7 +198,7 @@ def test_policy_depends_on_the_observation(script, learn):
 
 @pytest.mark.parametrize("script", VECTOR)
 def test_real_environment(script, train):
-    env_id, threshold, flags = REAL[family(script).suffix]
+    env_id, threshold, flags = REAL.get(script, REAL[family(script).suffix])
     flags = flags | OWN_REAL_FLAGS.get(script, {})
     folder = train(script, env_id=env_id, checkpoint_every=0, eval_episodes=10, **flags)
     last = [episode_return for _, episode_return, _ in episodes(folder)][-100:]
