@@ -2,7 +2,8 @@
 
     python algos/dqn_per.py                                         # CartPole-v1, a minute
     python algos/dqn_per.py --env-id LunarLander-v3 --total-timesteps 300000
-    python algos/dqn_per.py --dueling --n-step 3                    # with these, four of the six parts of Rainbow
+    python algos/dqn_per.py --n-step 1                              # the two papers alone
+    python algos/dqn_per.py --dueling                               # four of the six parts of Rainbow
     python algos/dqn_per.py --resume runs/CartPole-v1__dqn_per__1__...  # goes on where a killed run was
     python algos/dqn_per.py --evaluate runs/CartPole-v1__dqn_per__1__... --eval-episodes 20 --video
 
@@ -134,7 +135,7 @@ class Args:
     """how much of the uneven sampling the weights make up for, at the start; it rises linearly to 1, all of it"""
     per_eps: float = 1e-3
     """added to each TD error, so that every transition is drawn now and then"""
-    n_step: int = 1
+    n_step: int = 3
     """rewards that are summed before the estimate of the rest"""
     dueling: bool = False
     """split Q(s, a) into a value of the state and advantages of the actions"""
@@ -366,7 +367,8 @@ class Priorities:
 
     def update(self, rows: np.ndarray, td_errors: np.ndarray) -> None:
         """New |TD errors| (B,) of the transitions that start in `rows` (B,)."""
-        priorities = (td_errors.astype(np.float64) + self.eps) ** self.alpha
+        finite = np.where(np.isfinite(td_errors), td_errors, 0.0)  # a run that diverges is ended by its log, not here
+        priorities = (finite.astype(np.float64) + self.eps) ** self.alpha
         self.largest = max(self.largest, float(priorities.max()))
         self.tree.set(rows, priorities)
 

@@ -1,6 +1,6 @@
 """Soft actor-critic (SAC) for vector observations and continuous actions.
 
-    python algos/sac_continuous.py                                  # Pendulum-v1, TODO
+    python algos/sac_continuous.py                                  # Pendulum-v1, five minutes
     python algos/sac_continuous.py --env-id HalfCheetah-v5 --total-timesteps 1000000
     python algos/sac_continuous.py --resume runs/Pendulum-v1__sac_continuous__1__...
     python algos/sac_continuous.py --evaluate runs/Pendulum-v1__sac_continuous__1__... --eval-episodes 20 --video
@@ -75,7 +75,7 @@ class Args:
     """Gymnasium id of the environment; `package:Name-v0` imports the package first"""
     seed: int = 1
     """decides every random number of the run"""
-    total_timesteps: int = 200_000
+    total_timesteps: int = 30_000
     """environment steps, summed over the parallel environments"""
     run_dir: str | None = None
     """folder of the run; by default runs/{env}__{algo}__{seed}__{UTC time}"""

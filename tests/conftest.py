@@ -101,9 +101,13 @@ def family(script: str) -> Family:
     return next(family for family in FAMILIES if script.endswith(family.suffix))
 
 
-# One script of each family. The text of "the run" is the same in every file (test_house), so what only that can break
+def has_replay(script: str) -> bool:
+    return "class Replay" in (ROOT / "algos" / f"{script}.py").read_text()
+
+
+# One script of each family, with and without replay. The text of "the run" is the same in every file (test_house), so what only that can break
 # and a process of its own must show is shown by these; what an algorithm can break is shown by every script.
-REPRESENTATIVES = list({family(name).suffix: name for name in reversed(SCRIPTS)}.values())
+REPRESENTATIVES = list({(family(name).suffix, has_replay(name)): name for name in reversed(SCRIPTS)}.values())
 
 
 def load(script: str) -> ModuleType:
@@ -258,6 +262,7 @@ class ByScript(LoadScopeScheduling):
         return next((word for word in re.findall(r"\w+", nodeid.partition("[")[2]) if word in SCRIPTS), nodeid)
 
 
+@pytest.hookimpl(optionalhook=True)  # pytest without xdist knows no such hook
 def pytest_xdist_make_scheduler(config, log):
     return ByScript(config, log)
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -469,7 +470,7 @@ def test_what_makes_a_run_stale(house):
         return suites.why_stale(folder, entry, seed, scripts)
 
     def with_flags(**flags):
-        return suites.Entry(*list(vars(entry).values())[:-1], flags=flags)
+        return replace(entry, flags=flags)
 
     assert reason() is None and reason(with_flags(pace=0.0, on=True)) is None
     assert "--seed was 1 and is 2 now" in reason(seed=2)

@@ -443,6 +443,16 @@ def test_new_transitions_have_the_largest_priority_so_far(script, rng):
     assert new() == [2, 2, 0, 0]  # the largest ever, not the largest there is
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("script", PER)
+def test_errors_that_are_no_numbers_leave_the_tree_whole(script, rng):
+    """So that a run that diverges gets as far as the check that says so."""
+    priorities, rows, _ = filled_priorities(script, 20, rng)
+    priorities.update(rows[:3], np.array([np.nan, np.inf, 3e38], np.float32))
+    drawn, weights = priorities.sample(64, 0.5)
+    assert set(drawn) <= set(rows) and np.isfinite(weights).all() and np.isfinite(priorities.tree.sums).all()
+
+
 @pytest.mark.parametrize("script", PER)
 @pytest.mark.parametrize("end, cut", [(0.0, 0.0), (0.3, 0.1), (1.0, 0.2)])
 def test_rows_where_nothing_starts_have_no_priority(script, end, cut, rng):

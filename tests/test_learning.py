@@ -112,12 +112,18 @@ REAL = {  # by suffix, or of one script: environment, what the last 100 training
 SAC = {"hidden_size": 64, "batch_size": 64, "buffer_size": 50_000, "learning_starts": 1000, "train_frequency": 8}
 SAC |= {"gradient_steps": 2, "policy_lr": 1e-3, "q_lr": 1e-3, "tau": 0.01, "anneal_lr": True}
 
+DQN = {"total_timesteps": 60_000, "hidden_size": 256, "batch_size": 64, "buffer_size": 100_000, "learning_starts": 1000}
+DQN |= {"train_frequency": 256, "gradient_steps": 64, "target_network_frequency": 256, "learning_rate": 2.3e-3}
+DQN |= {"exploration_fraction": 0.16, "end_e": 0.02}
+
 OWN_REAL_FLAGS = {  # on top, likewise
     "sac_discrete": SAC,
     "sac_continuous": SAC | {"total_timesteps": 30_000},
     "a2c_gae": {"total_timesteps": 80_000, "num_steps": 16, "learning_rate": 4e-3, "ent_coef": 0.0},
     "reinforce": {"total_timesteps": 80_000, "num_envs": 1, "episodes_per_update": 2, "learning_rate": 5e-3},
     "sarsa": {"total_timesteps": 100_000, "num_steps": 4, "learning_rate": 2e-3},
+    "dqn": DQN,
+    "dqn_per": DQN | {"total_timesteps": 40_000, "n_step": 3},
 }
 
 VECTOR = [name for name in SCRIPTS if family(name).suffix != "_atari"]
