@@ -105,8 +105,9 @@ def has_replay(script: str) -> bool:
     return "class Replay" in (ROOT / "algos" / f"{script}.py").read_text()
 
 
-# One script of each family, with and without replay. The text of "the run" is the same in every file (test_house), so what only that can break
-# and a process of its own must show is shown by these; what an algorithm can break is shown by every script.
+# One script of each family, with and without replay. The text of "the run" is the same in every file (test_house), so
+# what only that can break and a process of its own must show is shown by these; what an algorithm can break is shown by
+# every script.
 REPRESENTATIVES = list({(family(name).suffix, has_replay(name)): name for name in reversed(SCRIPTS)}.values())
 
 
