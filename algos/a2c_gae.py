@@ -1,6 +1,6 @@
 """Advantage actor-critic (A2C) with generalised advantage estimation, for vector observations and discrete actions.
 
-    python algos/a2c_gae.py                                         # CartPole-v1, half a minute
+    python algos/a2c_gae.py                                         # CartPole-v1
     python algos/a2c_gae.py --gae-lambda 1                          # n-step returns, as in the paper
     python algos/a2c_gae.py --env-id package:Name-v0                # any registered Gymnasium environment
     python algos/a2c_gae.py --resume runs/CartPole-v1__a2c_gae__1__...

@@ -1,6 +1,6 @@
 """Double DQN with prioritised replay (PER), for vector observations and discrete actions.
 
-    python algos/dqn_per.py                                         # CartPole-v1, a minute
+    python algos/dqn_per.py                                         # CartPole-v1
     python algos/dqn_per.py --env-id LunarLander-v3 --total-timesteps 300000
     python algos/dqn_per.py --n-step 1                              # the two papers alone
     python algos/dqn_per.py --dueling                               # four of the six parts of Rainbow

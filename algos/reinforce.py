@@ -1,6 +1,6 @@
 """REINFORCE, the Monte-Carlo policy gradient, for vector observations and discrete actions.
 
-    python algos/reinforce.py                                       # CartPole-v1, half a minute
+    python algos/reinforce.py                                       # CartPole-v1
     python algos/reinforce.py --no-baseline                         # returns alone, no value network
     python algos/reinforce.py --env-id package:Name-v0              # any registered Gymnasium environment
     python algos/reinforce.py --resume runs/CartPole-v1__reinforce__1__...

@@ -1,6 +1,6 @@
 """Soft actor-critic (SAC) for vector observations and continuous actions.
 
-    python algos/sac_continuous.py                                  # Pendulum-v1, five minutes
+    python algos/sac_continuous.py                                  # Pendulum-v1
     python algos/sac_continuous.py --env-id HalfCheetah-v5 --total-timesteps 1000000
     python algos/sac_continuous.py --resume runs/Pendulum-v1__sac_continuous__1__...
     python algos/sac_continuous.py --evaluate runs/Pendulum-v1__sac_continuous__1__... --eval-episodes 20 --video

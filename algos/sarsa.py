@@ -1,6 +1,6 @@
 """SARSA, on-policy temporal-difference control, with a Q-network, for vector observations and discrete actions.
 
-    python algos/sarsa.py                                           # CartPole-v1, half a minute
+    python algos/sarsa.py                                           # CartPole-v1
     python algos/sarsa.py --exploration boltzmann                   # actions drawn from softmax(Q / tau)
     python algos/sarsa.py --env-id package:Name-v0                  # any registered Gymnasium environment
     python algos/sarsa.py --resume runs/CartPole-v1__sarsa__1__...
