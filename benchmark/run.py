@@ -49,7 +49,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from benchmark.suites import SCRIPTS, Entry, SuiteError, load, run_folder, why_stale
+from benchmark.suites import SCRIPTS, Entry, SuiteError, load, run_folder, takes, why_stale
 
 TICK, LOOK, TELL = 0.1, 1.0, 60.0  # seconds between two looks at the processes, at the folders; between two plain lines
 PATIENCE = 20.0  # seconds that a job has to end after SIGINT
@@ -167,6 +167,7 @@ class Job:
     state: str = "waiting"  # waiting, running, elsewhere, done, stale, failed
     note: str = ""  # why it is stale, how it failed, how it was begun
     hung: bool = False
+    code: int | None = None  # what its last attempt ended with
     step: int = 0
     seconds: float = 0.0
     trailing: float | None = None  # mean return of the last 100 episodes
@@ -186,11 +187,14 @@ class Job:
     def beside(self, suffix: str) -> Path:
         return self.folder.with_name(self.folder.name + suffix)
 
+    def why_stale(self, scripts: Path) -> str | None:
+        return why_stale(self.folder, self.entry, self.seed, scripts)
+
     def look(self, scripts: Path) -> None:
         """Set the state of a run that nobody is making from its folder."""
         self.state = "waiting"
         if (self.folder / "result.json").exists():
-            self.note = why_stale(self.folder, self.entry, self.seed, scripts) or ""
+            self.note = self.why_stale(scripts) or ""
             self.state = "stale" if self.note else "done"
             with suppress(OSError, ValueError, KeyError, TypeError):
                 result = json.loads((self.folder / "result.json").read_text())
@@ -254,12 +258,14 @@ def plan(job: Job, args: Args) -> tuple[Path | None, list[str]]:
     For a run that is to be made: one that is waiting, or stale with --rerun-stale.
     """
     script, folder = shown(args.scripts / f"{job.entry.script}.py"), shown(job.folder)
+    source = Path(script).read_text()
     in_the_way = job.folder.is_dir() and any(job.folder.iterdir())
-    if in_the_way and job.state == "waiting" and (job.folder / "args.json").exists():
-        if why_stale(job.folder, job.entry, job.seed, args.scripts) is None:
+    if in_the_way and job.state == "waiting" and (job.folder / "args.json").exists() and takes(source, "resume"):
+        if job.why_stale(args.scripts) is None:
             return None, [sys.executable, script, "--resume", folder]
     own = {"env-id": job.entry.env, "total-timesteps": job.entry.steps, "seed": job.seed, "run-dir": folder}
-    own |= {"torch-threads": args.threads, "device": args.device}
+    extra = {"torch-threads": args.threads, "device": args.device}  # which a script of somebody else may not have
+    own |= {name: value for name, value in extra.items() if takes(source, name.replace("-", "_"))}
     words = [word for name, value in own.items() for word in (f"--{name}", str(value))]
     aside = next(path for i in range(1, 10**6) if not (path := job.beside(f".old-{i}")).exists())
     return aside if in_the_way else None, [sys.executable, script, *words, *job.entry.words]
@@ -400,12 +406,15 @@ class Runner:
         is_open = job.state in ("waiting", "elsewhere") or job.state == "stale" and self.args.rerun_stale
         return is_open and not job.tried
 
+    def has_work(self) -> bool:
+        return bool(self.running) or any(map(self.wants, self.jobs))
+
     def work(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.ask_to_stop)
         with self.display:
             try:
-                while not self.stops and (self.running or any(map(self.wants, self.jobs))):
+                while not self.stops and self.has_work():
                     self.fill_slots()
                     self.watch()
                     time.sleep(TICK)
@@ -472,7 +481,7 @@ class Runner:
             self.looked = time.monotonic()
 
     def end(self, job: Job, code: int) -> None:
-        job.handle = None
+        job.handle, job.code = None, code
         self.free.append(job.slot)
         job.look(self.args.scripts)
         if job.hung:

@@ -120,6 +120,12 @@ def flags_of(source: str) -> dict[str, str]:
     return {}
 
 
+def takes(source: str, flag: str) -> bool:
+    """Whether a script has this flag: in its Args, or, of a script without Args, somewhere in its text."""
+    known = flags_of(source)
+    return flag in known if known else f"--{flag.replace('_', '-')}" in source
+
+
 def as_field(value, annotation: str):
     """A flag's value as the script's Args will hold it; a ValueError says which values the annotation takes."""
     kinds = [kind.strip() for kind in annotation.split("|")]
@@ -159,29 +165,42 @@ def check_keys(found: dict, known: dict, optional: tuple[str, ...], where: str) 
         raise SuiteError(f"{where}: {missing[0]} is missing")
 
 
-def read_entry(row: dict, where: str, scripts: Path) -> Entry:
-    check_keys(row, ENTRY_KEYS, ("flags", "tried"), where)
-    path, flags = scripts / f"{row['script']}.py", {}
-    if not path.is_file():
-        raise SuiteError(f"{where}: there is no script {path}")
-    try:
-        known = flags_of(path.read_text())
-    except SyntaxError as error:
-        raise SuiteError(f"{where}: {path.name} cannot be read: {error}") from None
-    for key, value in row.get("flags", {}).items():
-        name = key.replace("-", "_")
-        if name in OWN:
-            raise SuiteError(f"{where}: flag {key} is the runner's to set")
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; near it: {near[0].replace('_', '-')}" if near else ""
-            raise SuiteError(f"{where}: {path.name} has no flag {key}{hint}")
+def flag_name(key: str, script: str, known: dict[str, str], where: str) -> str:
+    """The field of a script's Args that a flag in a TOML file stands for."""
+    name = key.replace("-", "_")
+    if name in OWN:
+        raise SuiteError(f"{where}: flag {key} is the runner's to set")
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; near it: {near[0].replace('_', '-')}" if near else ""
+        raise SuiteError(f"{where}: {script} has no flag {key}{hint}")
+    return name
+
+
+def read_flags(table: dict, script: str, known: dict[str, str], where: str) -> dict:
+    """Flags and their values as the script's Args will hold them."""
+    flags = {}
+    for key, value in table.items():
+        name = flag_name(key, script, known, where)
         if name in flags:
             raise SuiteError(f"{where}: flag {key} is there twice")
         try:
             flags[name] = as_field(value, known[name])
         except ValueError as error:
             raise SuiteError(f"{where}: flag {key} {error}") from None
+    return flags
+
+
+def read_entry(row: dict, where: str, scripts: Path) -> Entry:
+    check_keys(row, ENTRY_KEYS, ("flags", "tried"), where)
+    path = scripts / f"{row['script']}.py"
+    if not path.is_file():
+        raise SuiteError(f"{where}: there is no script {path}")
+    try:
+        known = flags_of(path.read_text())
+    except SyntaxError as error:
+        raise SuiteError(f"{where}: {path.name} cannot be read: {error}") from None
+    flags = read_flags(row.get("flags", {}), path.name, known, where)
     return Entry(**row | {"target": float(row["target"]), "flags": flags})
 
 

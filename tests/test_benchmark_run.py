@@ -41,6 +41,9 @@ class Args:
     size: int | None = 3
     clip_loss: float = 1.0
     kind: Literal["plain", "fancy"] = "plain"
+    resume: str | None = None
+    torch_threads: int = 1
+    device: str = "auto"
 
 
 given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
