@@ -23,6 +23,7 @@ import pytest
 from conftest import ROOT, SCRIPTS
 from optuna.trial import TrialState
 
+import tuner.run
 from benchmark import stats
 from benchmark.suites import SuiteError, as_field, flags_of
 from tuner import spaces, study
@@ -347,12 +348,16 @@ def test_a_mistake_in_a_space_is_one_line(changes, part, house):
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
-def test_bad_input_is_one_line(words, part, house):
+def test_bad_input_is_one_line(words, part, house, monkeypatch, capsys):
     house.space()
     before = house.files()
-    done = house.run(*words)
-    assert (done.code, done.out) == (2, "") and part in done.err
-    assert done.err.startswith("error: ") and done.err.count("\n") == 1 and house.files() == before
+    monkeypatch.chdir(house.path)
+    monkeypatch.setattr(sys, "argv", ["tuner/run.py", *words, "--studies", "studies"])
+    with pytest.raises(SystemExit) as end:
+        tuner.run.main()
+    out, err = capsys.readouterr()
+    assert (end.value.code, out) == (2, "") and part in err
+    assert err.startswith("error: ") and err.count("\n") == 1 and house.files() == before
 
 
 # --------------------------------------------------------------------------------------------------------------- search
@@ -403,7 +408,6 @@ def test_a_search_makes_its_trials_and_the_flags_arrive(house):
         rows = list(csv.DictReader(file))
     assert [int(row["trial"]) for row in rows] == list(range(12)) and rows[0]["rate"] == "0.001"
     assert rows[best.number]["value"] == str(best.value) and {row["steps"] for row in rows} == {"60"}
-    assert {path.name for path in house.trials.parent.glob("*.svg")} == {"history.svg", "slices.svg", "curves.svg"}
     assert not list(house.trials.rglob("*.lock")) and not list(house.trials.rglob("checkpoint.pt"))
 
 
@@ -707,9 +711,8 @@ def searched(tmp_path_factory) -> House:
 
 @pytest.fixture
 def found(searched, tmp_path) -> House:
+    house = House(tmp_path)
     shutil.copytree(searched.path, tmp_path, dirs_exist_ok=True)
-    house = House.__new__(House)
-    house.path, house.url = tmp_path, None
     return house
 
 
@@ -721,6 +724,10 @@ def test_show_tells_what_mattered(found):
     command = done.out.splitlines()[-1].split()
     assert command[:2] == ["python", "learner.py"] and command[-1] == "0.0" or "--rate" in command
     assert "optuna-dashboard studies/s/study.journal" in done.out
+    figures = {path.name: path.read_text() for path in found.trials.parent.glob("*.svg")}
+    assert figures.keys() == {"history.svg", "slices.svg", "curves.svg"}
+    assert all("</svg>" in text and ">nan<" not in text for text in figures.values())
+    assert all(f">{name} (" in figures["slices.svg"] for name in ("rate", "size", "on", "gamma"))
 
 
 def test_narrow_keeps_what_mattered_around_the_best(found):

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from optuna.trial import FrozenTrial, TrialState
 
 from benchmark.plots import COLOURS, figure, in_style, short, tidy
@@ -16,6 +16,8 @@ LOOKS = {  # complete, pruned
     TrialState.COMPLETE: {"color": BLUE, "marker": "o", "s": 26, "label": "complete", "zorder": 3},
     TrialState.PRUNED: {"color": GREY, "marker": "x", "s": 18, "label": "pruned, at its last value", "zorder": 2},
 }
+
+LEGEND = {"frameon": False, "fontsize": 8, "loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 3, "borderpad": 0.1}
 
 
 def limits(axes, values: list[float]) -> None:
@@ -37,8 +39,9 @@ def history(name: str, trials: list[FrozenTrial], leaders: list[float]):
     limits(axes, [x.value for x in trials])
     axes.set_xlabel("trial")
     axes.set_ylabel("value")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(FuncFormatter(short))
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.legend(**LEGEND)
     return drawing
 
 
@@ -62,7 +65,7 @@ def curves(name: str, trials: list[FrozenTrial], leader: FrozenTrial | None):
     axes.set_ylabel("return, last 100 training episodes")
     axes.xaxis.set_major_formatter(FuncFormatter(short))
     axes.yaxis.set_major_formatter(FuncFormatter(short))
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.legend(**LEGEND)
     return drawing
 
 

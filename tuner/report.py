@@ -17,7 +17,7 @@ from benchmark import run, stats
 from benchmark.collect import code_hash, write_csv
 from benchmark.run import Local, Runner, fail, short, slots_of
 from benchmark.run import shown as path_shown
-from tuner import plots, spaces
+from tuner import spaces
 from tuner.search import Run
 from tuner.spaces import Dimension, Space, toml
 from tuner.study import OURS, best, best_first, importances, shown, write_trials
@@ -47,8 +47,8 @@ def command(space: Space, trial: FrozenTrial, seed: int) -> str:
 # --------------------------------------------------------------------------------------------------------------- show
 
 
-def show(study: optuna.Study, space: Space, folder: Path, url: str | None) -> None:
-    """Print what a search tried and found; write trials.csv and the figures."""
+def show(study: optuna.Study, space: Space, folder: Path, url: str | None, figures: bool) -> None:
+    """Print what a search tried and found; write trials.csv and, if wanted, the figures."""
     trials = study.get_trials(deepcopy=False)
     counts = Counter(x.state for x in trials)
     seeds = ", ".join(map(str, space.seeds))
@@ -70,7 +70,7 @@ def show(study: optuna.Study, space: Space, folder: Path, url: str | None) -> No
     for x in trials:
         if x.state == TrialState.FAIL:
             note = x.user_attrs.get("outcome", {}).get("note", "").splitlines() or ["?"]
-            print(f"failed: trial {x.number}: {note[0]}: {note[-1]}")
+            print(f"failed: trial {x.number}: " + ": ".join(dict.fromkeys([note[0], note[-1]])))
 
     ranking, leader = best_first(study), best(study)
     shares = importances(study, space)
@@ -94,10 +94,18 @@ def show(study: optuna.Study, space: Space, folder: Path, url: str | None) -> No
         print(f"{total} (of {len(ranking)} trials: a hint, not a measurement)")
     write_trials(study, space, folder)
     files = ["trials.csv"]
-    if len(ranking) > 1:
+    if figures and len(ranking) > 1:
         files += draw(study, space, folder, ranking, by_weight, shares)
     print("written: " + ", ".join(path_shown(folder / name) for name in files))
     print(f"in the browser: uvx optuna-dashboard {url or path_shown(folder / 'study.journal')}")
+    silent = [
+        x.number for x in ranking if x.user_attrs.get("outcome", {}).get("last", math.inf) < 0.8 * (x.last_step or 0)
+    ]
+    if silent:
+        told = f"in {len(silent)} trials, such as {silent[0]}, no episode ended in the last fifth of the steps"
+        print(f"warning: {told}, so their values are old.", file=sys.stderr)
+        hint = f"checkpoint-every = {space.steps} in [fixed] leaves them whole"
+        print(f"    Each checkpoint cuts the running episodes, and long ones never end; {hint}", file=sys.stderr)
     if leader is None:
         print("no trial has been completed yet")
     else:
@@ -107,6 +115,8 @@ def show(study: optuna.Study, space: Space, folder: Path, url: str | None) -> No
 
 
 def draw(study, space: Space, folder: Path, ranking: list, by_weight: list[Dimension], shares: dict) -> list[str]:
+    from tuner import plots  # matplotlib takes half a second
+
     by_number = sorted(ranking, key=lambda x: x.number)
     sign = -1 if space.direction == "minimize" else 1
     complete = [sign * x.value if x.state == TrialState.COMPLETE else -math.inf for x in by_number]

@@ -175,7 +175,7 @@ def search(args: Search) -> None:
     except (OSError, optuna.exceptions.StorageInternalError) as error:
         fail(f"{error}; what was made is intact, and the same command goes on", code=1)
     print()
-    report.show(study, space, folder, args.place.storage)
+    report.show(study, space, folder, args.place.storage, figures=False)
     if worker.broken:
         fail("three trials in a row failed; the last lines of their logs are above. The search has stopped", code=1)
     if worker.stops:
@@ -209,7 +209,7 @@ def validate(args: Validate) -> None:
 def show(args: Show) -> None:
     folder = study_folder(args.study, args.place)
     study, space = load_study(folder, args.place.storage)
-    report.show(study, space, folder, args.place.storage)
+    report.show(study, space, folder, args.place.storage, figures=True)
 
 
 def main() -> None:

@@ -223,6 +223,7 @@ class Worker(Runner):
         study = optuna.Study(
             space.name, self.storage, sampler=sampler, pruner=self.pruner
         )  # a new one: no cached trials
+        study.get_trials(deepcopy=False)  # what a database's cache has not seen it does not know
         trial = optuna.Trial(study, frozen._trial_id)
         known = space.first_params() if number == 0 else {x.param: None for x in space.dimensions}
         params = {x.param: x.suggest(trial) for x in space.dimensions if x.param in known}
@@ -310,7 +311,8 @@ class Worker(Runner):
             with suppress(OSError, ValueError, KeyError, TypeError):
                 values.append(float(json.loads((job.folder / "result.json").read_text())[self.space.metric]))
         if len(values) < len(trying.jobs) or not all(map(math.isfinite, values)):
-            return self.finish(trying, TrialState.FAIL, note=f"result.json has no finite number as {self.space.metric}")
+            note = f"result.json has no finite number as {self.space.metric}; did no training episode end?"
+            return self.finish(trying, TrialState.FAIL, note=note)
         value = statistics.fmean(values)
         if self.space.steps not in trying.reported:
             trying.trial.report(value, self.space.steps)
@@ -323,6 +325,7 @@ class Worker(Runner):
                 job.follow()
         steps, seconds = sum(job.step for job in trying.jobs), sum(job.seconds for job in trying.jobs)
         outcome = {"steps": steps, "seconds": round(seconds, 1), "values": list(values), "note": note}
+        outcome["last"] = min((int(curve[0, -1]) if curve.size else 0 for curve in trying.curves), default=0)
         try:
             trying.trial.set_user_attr("outcome", outcome)
             told = self.study.tell(trying.trial, value, state)

@@ -14,6 +14,7 @@ cut left of a half-written line is removed by the next one to write.
 import fcntl
 import math
 import os
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -69,12 +70,27 @@ def open_storage(url: str | None, folder: Path, create: bool = False) -> BaseSto
     for prefix in ("postgres://", "postgresql://"):
         if url.startswith(prefix):
             url = f"postgresql+psycopg://{url.removeprefix(prefix)}"
-    try:
-        return optuna.storages.get_storage(RDBStorage(url, engine_kwargs={"pool_pre_ping": True}))
-    except ImportError as error:
-        fail(f"--storage needs a package that is not installed: {error}. For PostgreSQL: pip install -e '.[postgres]'")
-    except Exception as error:  # of the database's own package, which only its users have
-        fail(f"--storage cannot be opened: {(str(error).splitlines() or [repr(error)])[0]}")
+    from sqlalchemy.exc import (
+        IntegrityError,
+        ProgrammingError,
+        SQLAlchemyError,
+    )  # 0.3 s that the journal can do without
+
+    for attempt in range(10):
+        try:
+            return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+        except ImportError as error:
+            fail(f"--storage needs a package that is missing: {error}. For PostgreSQL: pip install -e '.[postgres]'")
+        except (
+            IntegrityError,
+            ProgrammingError,
+        ) as error:  # of two workers that make the tables at once, the later one
+            reason = error
+            time.sleep(0.2 * attempt)
+        except SQLAlchemyError as error:
+            reason = error
+            break
+    fail(f"--storage cannot be opened: {str(reason).splitlines()[0]}")
 
 
 def open_study(space: Space, storage: BaseStorage) -> optuna.Study:
