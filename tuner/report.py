@@ -146,18 +146,18 @@ def narrow(study: optuna.Study, space: Space, seeds: int, out: Path) -> str:
     shares = importances(study, space)
     values = [space.settings(x.number, x.params) for x in top]
     settings = space.settings(leader.number, leader.params)
-    dimensions, fixed, notes = [], {}, {}
+    dimensions, settled, notes = [], {}, {}
     for x in space.dimensions:
         among, mine, share = [known[x.flag] for known in values], settings[x.flag], shares.get(x.flag, 1.0)
         told = f"importance {share:.2f}; the best {len(top)} have {span(x, among)}"
         default = space.defaults.get(x.flag, ...)
         if share < 0.5 / len(space.dimensions):
             is_fine = x.has(default) and (default in among if x.choices else min(among) <= default <= max(among))
-            fixed[x.flag] = default if is_fine else mine
+            settled[x.flag] = default if is_fine else mine
             kept = "left at the default" if is_fine else "left at the best trial's value"
             notes[x.flag] = f"{told}: does not matter, {kept}"
         elif (new := narrowed(x, among, mine)) is None:
-            fixed[x.flag] = mine
+            settled[x.flag] = mine
             notes[x.flag] = f"{told}: they agree"
         else:
             dimensions.append(new)
@@ -172,7 +172,7 @@ def narrow(study: optuna.Study, space: Space, seeds: int, out: Path) -> str:
         dimensions=tuple(dimensions),
         seeds=tuple(range(first, first + seeds)),
         pruner="none",
-        fixed=space.fixed | fixed,
+        settled=space.settled | settled,
         start={x.flag: settings[x.flag] for x in dimensions},
     )
     head = f"Narrowed from {space.name}: {len(ranking)} trials, the best {leader.value:.1f} (trial {leader.number}).\n"
@@ -223,7 +223,7 @@ def validate(study: optuna.Study, space: Space, folder: Path, seeds: range, numb
     if leader is None:
         fail(f"{space.name} has no complete trial to validate", code=1)
     flags = space.flags(leader.number, leader.params)
-    if space.fixed | {key: x for key, x in flags.items() if space.defaults.get(key, ...) != x} == space.fixed:
+    if all(key in space.fixed or space.defaults.get(key, ...) == x for key, x in flags.items()):
         print(f"the best trial of {space.name} has the script's defaults: there is nothing to validate")
         return
     arms = {"defaults": space.fixed, f"trial-{leader.number}": flags}
@@ -325,14 +325,15 @@ def markdown(space: Space, found: dict, rows: list[list]) -> str:
             f"| {min(scores):.1f} … {max(scores):.1f} | {minutes:.1f} |"
         )
 
-    flags = {flag_name(key) if space.defaults else key: x for key, x in winner["flags"].items()}
+    new = {key: x for key, x in winner["flags"].items() if space.defaults.get(key, ...) != x}
+    flags = {flag_name(key) if space.defaults else key: x for key, x in new.items()}
     entry = f'[[entry]]\nscript = "{space.script.stem}"\nenv = {toml(space.env)}\nsteps = {space.steps:_}\n'
     entry += "# target = a published score, or what counts as solved; not a score of these runs\n"
     entry += f'why = "..."\nflags = {toml(flags)}'
     differ = [
-        f"| `--{flag_name(x.flag)}` | {shown(space.defaults.get(x.flag, ...))} | {shown(winner['flags'][x.flag])} |"
-        for x in space.dimensions
-        if x.flag in winner["flags"]
+        f"| `--{flag_name(flag)}` | {shown(space.defaults.get(flag, ...))} | {shown(value)} |"
+        for flag, value in new.items()
+        if flag not in space.fixed
     ]
     fixed = " ".join(space.entry(space.fixed).words)
     machine = found["machine"]

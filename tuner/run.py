@@ -220,6 +220,8 @@ def main() -> None:
         {Search: search, Narrow: narrow, Validate: validate, Show: show}[type(args)](args)
     except SuiteError as error:
         fail(str(error))
+    except KeyboardInterrupt:
+        fail("stopped", code=130)
 
 
 if __name__ == "__main__":

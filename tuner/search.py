@@ -279,7 +279,8 @@ class Worker(Runner):
             if step not in trying.reported and math.isfinite(value):
                 trying.trial.report(value, step)
                 trying.reported.add(step)
-                if trying.trial.should_prune() and not done and not failed:
+                is_poor = trying.trial.should_prune()  # asked of each: successive halving remembers who came so far
+                if is_poor and not (done or failed or trying.number == 0):  # a search does not end below its start
                     return self.finish(trying, TrialState.PRUNED, note=f"at {step}")
         if failed and failed.code == DIVERGED:
             self.report_last(trying)

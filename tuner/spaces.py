@@ -27,8 +27,11 @@ The rest may be left out:
     reduction = 3               # of "asha": one setting in so many goes on at grace, grace * reduction, ...
     startup = 5                 # of "median": finished settings before anything is pruned
 
-    [fixed]                     # flags that every run has, the defaults' too
-    num-envs = 8
+    [fixed]                     # flags that belong to the task: every run has them, the defaults' in a validation too
+    checkpoint-every = 100_000
+
+    [settled]                   # flags that an earlier search has settled: every trial has them, the defaults have not
+    norm-adv = true
 
     [start]                     # the first setting, where it differs from the script's defaults
     learning-rate = 2e-3
@@ -58,7 +61,15 @@ PRUNERS = "asha", "median", "none"
 SCALES = "linear", "log", "log(1-x)", "log2"
 KEYS = {"script": str, "env": str, "steps": int, "trials": int, "space": dict}
 OPTIONAL = {"name": str, "seeds": (int, list), "metric": str, "direction": str, "milestones": (int, list)}
-OPTIONAL |= {"pruner": str, "grace": int, "reduction": int, "startup": int, "fixed": dict, "start": dict}
+OPTIONAL |= {
+    "pruner": str,
+    "grace": int,
+    "reduction": int,
+    "startup": int,
+    "fixed": dict,
+    "settled": dict,
+    "start": dict,
+}
 LEAST = {"steps": 1, "trials": 1, "seeds": 1, "milestones": 1, "grace": 1, "reduction": 2, "startup": 1}
 
 
@@ -138,6 +149,7 @@ class Space:
     reduction: int = 3
     startup: int = 5
     fixed: dict = field(default_factory=dict)
+    settled: dict = field(default_factory=dict)
     start: dict = field(default_factory=dict)
     defaults: dict = field(default_factory=dict)  # of the script, as far as its Args tells them
 
@@ -162,7 +174,7 @@ class Space:
     def flags(self, number: int, params: dict) -> dict:
         """What a trial gives to the script: the first one's defaults are the script's own to know."""
         tuned = self.start if number == 0 else {x.flag: x.value(params[x.param]) for x in self.dimensions}
-        return self.fixed | tuned
+        return self.fixed | self.settled | tuned
 
     def settings(self, number: int, params: dict) -> dict:
         """The value of each tuned flag in a trial, as far as it is known: a default may not be."""
@@ -186,7 +198,7 @@ class Space:
     def described(self) -> dict:
         """What makes two searches the same one, as JSON has it: all but the number of trials."""
         ranges = {x.flag: [x.scale, x.low, x.high, list(x.choices)] for x in self.dimensions}
-        names = "env", "steps", "seeds", "metric", "direction", "pruner", "fixed", "start"
+        names = "env", "steps", "seeds", "metric", "direction", "pruner", "fixed", "settled", "start"
         told = {name: getattr(self, name) for name in names} | {"grid": self.grid, "space": ranges}
         if self.pruner != "none":
             told |= {"grace": self.grace, "reduction": self.reduction, "startup": self.startup}
@@ -317,29 +329,27 @@ def read_space(content: dict, path: Path) -> Space:
     content = dict(content)
     script = find_script(content["script"], path.parent, where)
     known, steps = flags_of(script.read_text()), content["steps"]
-    if not re.fullmatch(
-        r"[\w.-]+", name := content.get("name", Entry(path.stem, content["env"], 0, 0, 0, "", {}).name)
-    ):
+    name = content.get("name", Entry(path.stem, content["env"], 0, 0, 0, "", {}).name)
+    if not re.fullmatch(r"[\w.-]+", name):
         raise SuiteError(f"{where}: name is {name}; it becomes a folder's, of letters, digits, dots, - and _")
-    fixed, start = content.get("fixed", {}), content.get("start", {})
+    tables = {name: content.get(name, {}) for name in ("fixed", "settled", "start")}
     if known:
-        fixed = read_flags(fixed, script.name, known, f"{where}, [fixed]")
-        start = read_flags(start, script.name, known, f"{where}, [start]")
-    elif theirs := [key for key in {**fixed, **start, **content["space"]} if key.replace("-", "_") in OWN]:
+        tables = {name: read_flags(x, script.name, known, f"{where}, [{name}]") for name, x in tables.items()}
+    elif theirs := [key for x in (*tables.values(), content["space"]) for key in x if key.replace("-", "_") in OWN]:
         raise SuiteError(f"{where}: flag {theirs[0]} is the tuner's to set")
-    dimensions = tuple(
-        read_dimension(key, x, script.name, known, f"{where}, [space]") for key, x in content["space"].items()
-    )
+    ranges = content["space"].items()
+    dimensions = tuple(read_dimension(key, x, script.name, known, f"{where}, [space]") for key, x in ranges)
     if not dimensions:
         raise SuiteError(f"{where}: [space] is empty")
     names = [x.flag for x in dimensions]
     for flag in names:
         if names.count(flag) > 1:
             raise SuiteError(f"{where}, [space]: flag {flag} is there twice")
-    for flag in fixed:
-        if flag in names:
-            raise SuiteError(f"{where}: flag {flag} is in [fixed] and in [space]")
-    for flag in start:
+    for one, flags, other in (("fixed", names, "space"), ("settled", [*names, *tables["fixed"]], "space or [fixed]")):
+        for flag in tables[one]:
+            if flag in flags:
+                raise SuiteError(f"{where}: flag {flag} is in [{one}] and in [{other}]")
+    for flag in tables["start"]:
         if flag not in names:
             raise SuiteError(f"{where}: flag {flag} is in [start] and not in [space]")
     pruner, direction = content.get("pruner", "asha"), content.get("direction", "maximize")
@@ -373,8 +383,7 @@ def read_space(content: dict, path: Path) -> Space:
         grace=grace,
         reduction=reduction,
         startup=content.get("startup", 5),
-        fixed=fixed,
-        start=start,
+        **tables,
         defaults=defaults_of(script.read_text()),
     )
 
@@ -411,7 +420,8 @@ def write(space: Space, folder: Path, notes: dict[str, str], head: str = "") -> 
     for x in space.dimensions:
         scale = {"scale": x.scale} if x.scale not in ("linear", "choices") else {}
         ranges[x.flag] = {"choices": x.choices} if x.choices else scale | {"low": x.low, "high": x.high}
-    for title, table in (("fixed", space.fixed), ("start", space.start), ("space", ranges)):
+    tables = {"fixed": space.fixed, "settled": space.settled, "start": space.start, "space": ranges}
+    for title, table in tables.items():
         if table or title == "space":
             lines += ["", f"[{title}]"]
         for flag, value in table.items():
