@@ -5,6 +5,7 @@
     python benchmark/run.py classic --only 'CartPole*' --seeds 3 --dry-run      # print the commands instead
     python benchmark/run.py mujoco --only ppo_continuous HalfCheetah-v5__sac_continuous --seeds 4-6
     python benchmark/run.py atari --gpus 0 1 --runs-per-gpu 3 --threads 4       # three runs on each of two GPUs
+    python benchmark/run.py mujoco --backend dstack --jobs 20       # on rented machines, 20 at a time: docs/cloud.md
 
 Suites are described in suites.py. A run's folder is runs/{suite}/{env}__{script}__{seed}; beside it lie its log (what
 the script printed) and, while it is being made, its lock. Seed 1 of every entry comes first, then seed 2, and so on, so
@@ -66,7 +67,7 @@ class Args:
     only: tuple[str, ...] = ()
     """only entries whose script, environment or folder name (CartPole-v1__ppo) fits one of these patterns"""
     jobs: int | None = None
-    """runs side by side; by default as many as cores / threads, or as fit on the GPUs"""
+    """runs side by side; by default as many as cores / threads, or as fit on the GPUs; 10 in the cloud"""
     threads: int = 1
     """CPU threads of each run"""
     gpus: tuple[str, ...] = ()
@@ -83,8 +84,10 @@ class Args:
     """where the run folders are"""
     hang_after: float = 30.0
     """minutes without a sign in log and run folder after which a run is killed and counts as failed"""
-    backend: Literal["local"] = "local"
-    """where the runs are made"""
+    backend: Literal["local", "dstack"] = "local"
+    """where the runs are made: on this machine, or on rented ones"""
+    template: str = "auto"
+    """what a rented machine is like: cpu, gpu, or a file as in cloud/; auto: by the script"""
     scripts: Path = SCRIPTS
     """folder of the scripts"""
 
@@ -151,6 +154,15 @@ class Local:
     def stop(self, handle: subprocess.Popen, force: bool) -> None:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(handle.pid, signal.SIGKILL if force else signal.SIGINT)
+
+
+def backend_of(args: Args) -> Backend:
+    """What --backend names."""
+    if args.backend == "local":
+        return Local()
+    from cloud.dstack import Dstack  # and with it the Hub's client, only where it is needed
+
+    return Dstack(args.runs_dir, args.template)
 
 
 # ----------------------------------------------------------------------------------------------------------- jobs
@@ -571,6 +583,10 @@ def main() -> None:
         jobs = make_jobs(args)
     except SuiteError as error:
         fail(str(error))
+    if args.backend == "dstack":
+        args.jobs = args.jobs or 10
+        if args.gpus:
+            fail("--gpus are those of this machine; with --backend dstack the template says what a machine has")
     slots = slots_of(args)
     for job in jobs:
         job.look(args.scripts)
@@ -583,7 +599,7 @@ def main() -> None:
                     os.close(lock)
         return dry_run(jobs, slots, args)
 
-    runner = Runner(jobs, slots, args, {"local": Local}[args.backend]())
+    runner = Runner(jobs, slots, args, backend_of(args))
     try:
         runner.work()
     except OSError as error:

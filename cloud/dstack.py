@@ -46,7 +46,7 @@ from huggingface_hub import constants, get_token
 
 from cloud import hub as hf
 from cloud.hub import ERRORS, ROOT, Remote, fail
-from cloud.job import flags_in, script_of
+from cloud.job import flags_in, is_same, script_of
 
 HERE = Path(__file__).resolve().parent
 ENDED = "terminated", "failed", "done"  # dstack's final statuses
@@ -233,7 +233,6 @@ class Handle:
     said_at: float = 0.0
     shown: int = 0  # bytes of dstack's log that are in ours
     head: str | None = None  # of the run's branch, when it was looked at last
-    pull: bool = False  # it has ended well, and its result is to be pulled
 
 
 class Dstack:
@@ -276,8 +275,7 @@ class Dstack:
             run = run_of(handle.task)
             if run and run["status"] not in ENDED:
                 self.note(handle, f"{handle.task} is active already: {status(run)}")
-            else:
-                self.offer_state(handle)
+            elif not self.is_made(handle, command):
                 apply(self.here, task)
                 self.note(handle, f"submitted as {handle.task}")
             self.handles.append(handle)
@@ -298,10 +296,16 @@ class Dstack:
                 raise CloudError(f"{what} {path} is not below {root}, and a job in the cloud has nothing else")
         return ["python", script.relative_to(ROOT).as_posix(), *flags_in(words)], folder
 
-    def offer_state(self, handle: Handle) -> None:
-        """A run that was begun here goes on there."""
-        if (handle.folder / "checkpoint.pt").exists() and not any(hf.find(self.hub, handle.name)):
+    def is_made(self, handle: Handle, command: list[str]) -> bool:
+        """Whether the Hub has the result, which is then pulled. If it has nothing, it gets what was begun here."""
+        running, finished = hf.find(self.hub, handle.name)
+        at_home = [command[0], str(ROOT / command[1]), *command[2:]]
+        if finished and finished.finished and is_same(hf.read_json(self.hub, finished, "args.json"), at_home):
+            self.note(handle, f"{self.hub.repo} has its result")
+            handle.code = self.pull(handle, finished)
+        elif not running and not finished and (handle.folder / "checkpoint.pt").exists():
             hf.push(self.hub, handle.folder, handle.name)
+        return handle.code is not None
 
     def poll(self, handle: Handle) -> int | None:
         if handle.code is None and time.monotonic() - self.looked > LOOK:
@@ -345,10 +349,15 @@ class Dstack:
             code = 0
         _, finished = hf.find(self.hub, handle.name)
         if code == 0 and finished and finished.finished:
-            if not (handle.folder / "checkpoint.pt").exists():
-                shutil.rmtree(handle.folder, ignore_errors=True)  # a copy of some of what comes now
-            hf.fetch(self.hub, finished, handle.folder)
+            return self.pull(handle, finished)
         return 1 if code is None else code
+
+    def pull(self, handle: Handle, finished: Remote) -> int:
+        if not (handle.folder / "checkpoint.pt").exists():
+            shutil.rmtree(handle.folder, ignore_errors=True)  # a copy of some of what comes now
+        handle.folder.parent.mkdir(parents=True, exist_ok=True)
+        hf.fetch(self.hub, finished, handle.folder)
+        return 0
 
     def stop(self, handle: Handle, force: bool) -> None:
         """Its machine is given back when it has pushed its last checkpoint, which is not waited for."""
@@ -450,7 +459,7 @@ def run_submit(args: Submit) -> None:
     changes = {key: getattr(args, key) for key in names}
     template = template_for(args.template, command)
     task = make_task(template, name, command, hub.repo, changes, {}, many=bool(args.many))
-    run = run_of(task["name"])
+    run = None if args.dry_run else run_of(task["name"])
     if run and run["status"] not in ENDED:
         print(f"{name} is active already: {status(run)}")
         return

@@ -121,19 +121,23 @@ def is_ours(hub: Hub, name: str) -> bool:
     return hf.read_json(hub, Remote(name, head, {}), CLAIM).get("job") == JOB["job"]
 
 
-def claim(hub: Hub, name: str, is_same) -> tuple[Remote | None, str | None]:
+def claim(hub: Hub, name: str, command: list[str] | None) -> tuple[Remote | None, str | None]:
     """Take a run over: the state that the Hub has of it, and the head of its branch, None if it is finished.
 
-    States that are not of the same run, by `is_same(args.json)`, do not count.
+    States of other runs than that of the command do not count.
     """
+
+    def counts(run: Remote) -> bool:
+        return command is None or is_same(hf.read_json(hub, run, "args.json"), command)
+
     while True:
         running, finished = hf.find(hub, name)
-        if finished and finished.finished and is_same(hf.read_json(hub, finished, "args.json")):
+        if finished and finished.finished and counts(finished):
             return finished, None
         if running is None:
             hub.api.create_branch(hub.repo, branch=hf.branch_of(name), exist_ok=True)
             continue  # and look at what is there: another job may have been faster
-        has_state = "args.json" in running.files and is_same(hf.read_json(hub, running, "args.json"))
+        has_state = "args.json" in running.files and counts(running)
         operations = [CommitOperationAdd(f"{name}/{CLAIM}", json.dumps(JOB).encode())]
         if not has_state:
             operations += [CommitOperationDelete(f"{name}/{path}") for path in running.files if path != CLAIM]
@@ -159,7 +163,7 @@ def push(hub: Hub, run: Run) -> None:
             if run.head and hf.heads(hub).get(hf.branch_of(run.name)) != run.head and not is_ours(hub, run.name):
                 raise Taken
         elif run.head is None:
-            run.head = claim(hub, run.name, lambda described: False)[1]
+            run.head = claim(hub, run.name, None)[1]
         there = hf.push(hub, run.folder, run.name, run.head)
         run.head = there.revision
     except HfHubHTTPError as error:
@@ -194,6 +198,13 @@ def flags_in(words: list[str]) -> list[str]:
     return kept
 
 
+def is_same(described: dict, command: list[str]) -> bool:
+    """Whether an args.json is that of a run by this command, and by this version of its script."""
+    at, words = script_of(command), shlex.split(str(described.get("command", "")))[1:]
+    flags = flags_in(command[at + 1 :])
+    return described.get("sha256") == hf.sha256(Path(command[at])) and flags_in(words) == flags
+
+
 def prepare(hub: Hub, args: Args, command: list[str]) -> tuple[list[Run], list[str] | None]:
     """Pull what there is; the runs to follow and the command to start, None if there is nothing to do."""
     if args.many:
@@ -207,15 +218,8 @@ def prepare(hub: Hub, args: Args, command: list[str]) -> tuple[list[Run], list[s
                 runs[-1].pushed = runs[-1].state()
         tell(f"pulled {len(runs)} runs of {args.name}")
         return runs, command
-    at = script_of(command)
-    sha256 = hf.sha256(Path(command[at]))
-
-    def is_same(described: dict) -> bool:
-        words = shlex.split(described["command"])[1:]
-        return described["sha256"] == sha256 and flags_in(words) == flags_in(command[at + 1 :])
-
-    run = Run(args.name, args.runs_dir / args.name)
-    found, run.head = claim(hub, run.name, is_same)
+    at, run = script_of(command), Run(args.name, args.runs_dir / args.name)
+    found, run.head = claim(hub, run.name, command)
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     if found:
         hf.fetch(hub, found, run.folder)
@@ -225,7 +229,7 @@ def prepare(hub: Hub, args: Args, command: list[str]) -> tuple[list[Run], list[s
             return [], None
         tell(f"pulled {run.name}: {run.progress() or 'no episode yet'}")
         return [run], [*command[: at + 1], "--resume", str(run.folder)]
-    if (run.folder / "args.json").exists() and is_same(json.loads((run.folder / "args.json").read_text())):
+    if (run.folder / "args.json").exists() and is_same(json.loads((run.folder / "args.json").read_text()), command):
         return [run], [*command[: at + 1], "--resume", str(run.folder)]  # it died before it could push
     hf.move_aside(run.folder)
     return [run], [*command[: at + 1], *flags_in(command[at + 1 :]), "--run-dir", str(run.folder)]

@@ -68,6 +68,11 @@ class LoopbackHub:
     def uploads(self) -> list[str]:
         return [path for method, path in self.asked if method == "PUT"]
 
+    def uploads_of(self, repo: str) -> list[str]:
+        """Paths of all files that any commit of a repository has."""
+        commits = self.repos[repo]["commits"].values() if repo in self.repos else ()
+        return [path for files in commits for path in files]
+
     def commit(self, repo: dict, branch: str, files: dict[str, str]) -> str:
         parent = repo["branches"].get(branch, "")
         text = json.dumps([parent, len(repo["commits"]), sorted(files.items())])
