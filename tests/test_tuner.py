@@ -282,6 +282,7 @@ def test_a_space_is_read_and_written(house):
     assert [x.param for x in space.dimensions][:4] == ["rate", "log2(size)", "1-gamma", "on"]
     assert space.dimensions[5].choices == (None, 1.0, 2.5) and space.dimensions[6].low == 0.0
     assert space.grid == [7, 10, 20, 21, 30, 40, 50, 60]
+    assert spaces.load(path, steps=1000, grace=100, milestones=1).grid == [100, 300, 1000]  # nothing is judged at 900
     assert space.first_params() == {
         "rate": 0.02,
         "log2(size)": 6,
@@ -696,17 +697,17 @@ def test_a_trial_of_another_machine_is_taken_over_when_it_falls_silent(house):
         while alive.is_set():
             owner = {"worker": "theirs", "machine": "theirs", "beat": (count := count + 1)}
             journal._storage.set_trial_user_attr(frozen._trial_id, "owner", owner)
-            time.sleep(0.1)
+            time.sleep(1.5)  # longer than a claim waits to see whether it stands
 
     thread = threading.Thread(target=beat)
     thread.start()
     try:
-        done = house.search("--orphaned-after", 2)  # it sees that somebody is at it, and has nothing else to do
+        done = house.search("--orphaned-after", 4)  # it sees that somebody is at it, and has nothing else to do
     finally:
         alive.clear()
         thread.join()
     assert done.code == 0 and "1 unfinished" in done.out and not house.journal("resume", "end")
-    done = house.search("--orphaned-after", 2)
+    done = house.search("--orphaned-after", 4)
     assert done.code == 0 and len(house.journal("resume")) == 1 == len(house.journal("end"))
     assert house.study().trials[0].state == TrialState.COMPLETE
 
@@ -857,7 +858,7 @@ def postgres_bin() -> Path | None:
 
 @pytest.fixture
 def postgres(tmp_path_factory):
-    """The address of a PostgreSQL server of our own, on a socket in a folder."""
+    """A PostgreSQL server of our own on a socket in a folder: its address, and how to stop and start it."""
     pytest.importorskip("psycopg", reason="psycopg is not installed: pip install -e '.[postgres]'")
     if postgres_bin() is None:
         pytest.skip("no PostgreSQL server is installed: apt-get install postgresql")
@@ -875,20 +876,36 @@ def postgres(tmp_path_factory):
         done = subprocess.run([*as_user, *words], cwd=base, timeout=TIMEOUT, check=False, **out)
         assert done.returncode == 0, log.read_text() if log.exists() else words
 
+    def start():
+        pg(postgres_bin() / "pg_ctl", "-D", base / "data", "-l", log, "-o", options, "-w", "start")
+
+    def stop():
+        pg(postgres_bin() / "pg_ctl", "-D", base / "data", "-m", "immediate", "-w", "stop")
+
     options = f"-k {base} -c listen_addresses='' -c fsync=off"
     try:
         pg(postgres_bin() / "initdb", "-D", base / "data", "-U", "folio", "-A", "trust", "--no-sync")
-        pg(postgres_bin() / "pg_ctl", "-D", base / "data", "-l", log, "-o", options, "-w", "start")
-        yield f"postgresql://folio@/postgres?host={base}"
+        start()
+        yield SimpleNamespace(url=f"postgresql://folio@/postgres?host={base}", start=start, stop=stop)
     finally:
         if (base / "data" / "postmaster.pid").exists():
-            pg(postgres_bin() / "pg_ctl", "-D", base / "data", "-m", "immediate", "-w", "stop")
+            stop()
         shutil.rmtree(base)
 
 
 def test_two_killed_workers_with_postgresql(house, postgres):
-    house.url = postgres
+    house.url = postgres.url
     killed_and_restarted(house)
     assert not (house.trials.parent / "study.journal").exists()
     done = house.run("show", "s")
     assert done.code == 0 and "10 complete" in done.out
+
+    process = house.start("search", "studies/s", "--trials", 12, "--jobs", 2)
+    house.wait(process, 12, "begin")
+    postgres.stop()
+    done = finish(process)
+    assert done.code == 1 and "the same command goes on" in done.err and "Traceback" not in done.err
+    assert not [pid for _, pid, *_ in house.journal() if lives(pid)]
+    postgres.start()
+    assert house.run("search", "studies/s", "--trials", 12, "--jobs", 2).code == 0
+    assert [x.state for x in house.study().trials] == [TrialState.COMPLETE] * 12 and len(house.journal("end")) == 12

@@ -166,7 +166,7 @@ class Space:
             grid = set(self.milestones)
         if self.pruner != "none":
             rung = self.grace
-            while rung < self.steps:
+            while rung < 0.9 * self.steps:  # who has come farther may as well finish
                 grid.add(rung)
                 rung = rung * self.reduction if self.pruner == "asha" else self.steps
         return sorted(step for step in grid | {self.steps} if step)
@@ -358,7 +358,7 @@ def read_space(content: dict, path: Path) -> Space:
     if direction not in ("maximize", "minimize"):
         raise SuiteError(f"{where}: direction is {direction}; there are maximize and minimize")
     reduction = content.get("reduction", 3)
-    grace = content.get("grace", max(1, round(steps / (5 if pruner == "median" else reduction**2))))
+    grace = content.get("grace", math.ceil(steps / (5 if pruner == "median" else reduction**2)))
     if pruner != "none" and grace >= steps:
         raise SuiteError(f"{where}: grace is {grace}, but a run has only {steps} steps")
     milestones = content.get("milestones", 20)
