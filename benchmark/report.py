@@ -58,6 +58,7 @@ class Cell:
     entry: suites.Entry
     rows: list[dict[str, str]]
     curves: dict[str, list[str]]
+    links: dict[str, str] = field(default_factory=dict)  # seed: where the run folder is public
 
     @property
     def algo(self) -> str:
@@ -115,10 +116,13 @@ def number(algo: str) -> tuple[int, str]:
 
 def read_table(suite: suites.Suite, results: Path) -> Table:
     rows, cells, taken = collect.read_rows(results, suite.name), [], 0
+    public = {(row["run"], row["started"]): row["url"] for row in collect.read_csv(results / "hub.csv")}
     for entry in suite.entries:
         ours = [row for row in rows if (row["env"], row["script"]) == (entry.env, entry.script)]
         shown = [row for row in ours if (int(row["steps"]), row["flags"]) == (entry.steps, shlex.join(entry.words))]
-        cells.append(Cell(entry, shown, collect.read_curves(results, suite.name, entry)))
+        names = {row["seed"]: (f"{suite.name}/{entry.name}__{row['seed']}", row["started"]) for row in shown}
+        links = {seed: public[name] for seed, name in names.items() if name in public}  # of these runs, not older ones
+        cells.append(Cell(entry, shown, collect.read_curves(results, suite.name, entry), links))
         taken += len(shown)
     is_atari = all(entry.env.startswith("ALE/") for entry in suite.entries)
     low = collect.reference_scores("random", "DQN Zoo" if is_atari else "SLM-Lab")
@@ -169,7 +173,7 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
 
 def marks(cell: Cell) -> str:
     """What a reader has to know about these runs."""
-    now = collect.code_hash((suites.SCRIPTS / f"{cell.entry.script}.py").read_text())
+    now = suites.code_hash((suites.SCRIPTS / f"{cell.entry.script}.py").read_text())
     n, changed = len(cell.rows), sum(row["code"] != now for row in cell.rows)
     dirty = sum(row["clean"] == "no" for row in cell.rows)
     counts = {"script changed since": changed, "uncommitted changes": dirty}
@@ -296,6 +300,9 @@ def environment_section(env: str, cells: list[Cell], of: Table, reference: list[
         lines += ["Beside published scores:", "", *table(head, rows)]
     lines += ["<details><summary>Commands, and SLM-Lab's measures</summary>", ""]
     lines += ["```sh", *(command(cell) for cell in cells), "```", ""]
+    for cell in (cell for cell in cells if cell.links):
+        runs = " ".join(f"[{seed}]({url})" for seed, url in sorted(cell.links.items(), key=lambda item: int(item[0])))
+        lines += [f"Run folders of `{cell.entry.script}`, by seed: {runs}", ""]
     head = ["script", "score", "strength", "efficiency × steps", "stability", "consistency"]
     return lines + table(head, [slm_row(cell, random) for cell in ran]) + ["</details>", ""]
 

@@ -40,7 +40,7 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -433,8 +433,10 @@ RECORD = "run", "started", "url", "sums"  # columns of benchmark/results/hub.csv
 LINK = re.compile(r"\((https?://[^\s()]+/tree/[0-9a-f]{40}/[^\s()]+)\)")
 
 
-def graduate(source: Hub, target: Hub, wanted: dict[str, dict], index: str) -> tuple[dict[str, dict], list[str]]:
-    """Copy finished runs to the public repository, all in one commit, with `index` as its page.
+def graduate(
+    source: Hub, target: Hub, wanted: dict[str, dict], index: Callable[[Iterable[str]], str]
+) -> tuple[dict[str, dict], list[str]]:
+    """Copy finished runs to the public repository, all in one commit, with index(names of these) as its page.
 
     `wanted` says of each run, by name, what its args.json and result.json have to say, so that what becomes public is
     what the caller has checked. Returns a record of each run that is there now, and a line for each that is not.
@@ -473,7 +475,7 @@ def graduate(source: Hub, target: Hub, wanted: dict[str, dict], index: str) -> t
         there = {f"{name}/{path}" for name in records for path in tree(target, name, public)}
         operations = [CommitOperationDelete(path) for path in there - files.keys()]
         operations += [CommitOperationAdd(path, file) for path, file in sorted(files.items())]
-        operations += [CommitOperationAdd(CARD, index.encode())]
+        operations += [CommitOperationAdd(CARD, index(records).encode())]
         done = target.api.create_commit(target.repo, operations, commit_message=f"{len(records)} runs")
     for name, record in records.items():
         record["url"] = f"{target.api.endpoint}/{target.repo}/tree/{done.oid}/{name}"

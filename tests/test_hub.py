@@ -439,19 +439,19 @@ def test_graduates_are_what_was_asked_for(house):
     house("push", write_run(house.runs / "s" / "half", finished=False))
     wanted = {f"s/A-v1__fake__{seed}": {"final_return": 12.5, "sha256": "5e" * 32} for seed in (1, 2)}
     others = {"s/dirty": {}, "s/unknown": {}, "s/half": {}, "s/missing": {}}
-    records, lines = hf.graduate(house.api(), house.api(PUBLIC), wanted | others, "# The page\n")
+    records, lines = hf.graduate(house.api(), house.api(PUBLIC), wanted | others, lambda names: f"# {len(names)}\n")
     assert set(records) == set(wanted) and len(lines) == 4
     assert ["clean commit" in lines[0], "clean commit" in lines[1]] == [True, True]
     assert all("no finished run" in line for line in lines[2:])
-    assert not house.hub.repos[PUBLIC]["private"] and house.hub.files(PUBLIC)["README.md"] == b"# The page\n"
+    assert not house.hub.repos[PUBLIC]["private"] and house.hub.files(PUBLIC)["README.md"] == b"# 2\n"
     for name, record in records.items():
         assert {**house.there(name, repo=PUBLIC)} == house.there(name) != {}
         commit = house.hub.repos[PUBLIC]["branches"]["main"]
         assert record["url"] == f"{house.hub.url}/{PUBLIC}/tree/{commit}/{name}"
     other = {"s/A-v1__fake__1": {"final_return": 99.0}}
-    records, (line,) = hf.graduate(house.api(), house.api(PUBLIC), other, "")
+    records, (line,) = hf.graduate(house.api(), house.api(PUBLIC), other, str)
     assert records == {} and "final_return is 12.5, not 99.0" in line
-    assert house.hub.files(PUBLIC)["README.md"] == b"# The page\n"  # nothing was changed
+    assert house.hub.files(PUBLIC)["README.md"] == b"# 2\n"  # nothing was changed
 
 
 @pytest.fixture
@@ -460,7 +460,7 @@ def graduated(house) -> SimpleNamespace:
     for seed in (1, 2):
         house("push", write_run(house.runs / "s" / f"A-v1__fake__{seed}", seed))
     wanted = {f"s/A-v1__fake__{seed}": {} for seed in (1, 2)}
-    records, _ = hf.graduate(house.api(), house.api(PUBLIC), wanted, "# The page\n")
+    records, _ = hf.graduate(house.api(), house.api(PUBLIC), wanted, str)
     page, record = house.path / "page.md", house.path / "hub.csv"
     hf.write_record(record, records)
     page.write_text(" ".join(f"[1]({row['url']})" for row in records.values()) + " [x](https://example.org/tree/y)\n")
