@@ -7,6 +7,7 @@ with a stand-in for the CLI that runs tasks as local processes (loopback_dstack.
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -16,18 +17,19 @@ import tarfile
 import time
 import urllib.request
 import uuid
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
-from conftest import ROOT, bits
+from conftest import ROOT, TIMEOUT, bits
 from loopback import LoopbackHub
 
 from cloud import dstack
 
-TESTS, TIMEOUT = Path(__file__).resolve().parent, 120
+TESTS = Path(__file__).resolve().parent
 TOKEN, DEV = "hf_good", "me/folio-dev"
 TEMPLATES = sorted(path.name.removesuffix(".dstack.yml") for path in dstack.HERE.glob("*.dstack.yml"))
 
@@ -127,8 +129,6 @@ def test_task_names_are_dstacks_and_tell_runs_apart():
     names += ["A/b", "a-b", "A-b", "__", "x" * 200, "9"]
     tasks = [dstack.task_name(name) for name in names]
     assert len(set(tasks)) == len(names) and dstack.task_name("my-run") == "my-run"
-    import re
-
     assert all(re.fullmatch("[a-z][a-z0-9-]{1,40}", task) for task in tasks), tasks
 
 
@@ -260,10 +260,8 @@ def rented(tmp_path):
     house = Rented(tmp_path, hub, env | {"HF_HOME": str(tmp_path / "hf")})
     yield house
     for pid in house.pids():
-        try:
+        with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     hub.stop()
 
 
@@ -362,51 +360,40 @@ def find_dstack() -> str | None:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """The real server with three machines to offer and a fleet; the environment in which its CLI reaches it."""
+    """The real server with three machines to offer and no fleet yet; the environment in which its CLI reaches it."""
     if (cli := find_dstack()) is None:
         pytest.skip("dstack[server] and asyncssh are not installed: see docs/cloud.md, or FOLIO_DSTACK names the CLI")
-    path = tmp_path_factory.mktemp("dstack")
+    path, python = tmp_path_factory.mktemp("dstack"), Path(cli).resolve().parent / "python"
     (path / "server").mkdir()
     (path / "home").mkdir()
-    python = Path(cli).resolve().parent / "python"
-    slurm = subprocess.Popen([python, TESTS / "loopback_slurm.py", path / "slurm"], stderr=subprocess.DEVNULL)
-    until((path / "slurm" / "port").exists, "the login node")
-    cluster = {
-        "name": "here",
-        "hostname": "127.0.0.1",
-        "port": int((path / "slurm" / "port").read_text()),
-        "user": "me",
-    }
-    cluster |= {"private_key": {"path": str(path / "slurm" / "key")}, "cpu_partitions": ["cpu"]}
-    cluster |= {"gpu_partitions": [{"gpu": "A10:24GB", "partitions": ["gpu", "gpus"]}]}
-    backend = {"type": "slurm", "clusters": [cluster]}
-    (path / "server" / "config.yml").write_text(yaml.safe_dump({"projects": [{"name": "main", "backends": [backend]}]}))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    env = {
-        "HOME": str(path / "home"),
-        "DSTACK_SERVER_DIR": str(path / "server"),
-        "DO_NOT_TRACK": "1",
-        "FOLIO_DSTACK": cli,
-    }
-    words = [cli, "server", "--host", "127.0.0.1", "-p", port, "-y", "--token", uuid.uuid4()]
-    with (path / "log").open("w") as log:
-        process = subprocess.Popen([*map(str, words)], env=os.environ | env, stdout=log, stderr=log, cwd=path)
+    env = {"HOME": str(path / "home"), "DSTACK_SERVER_DIR": str(path / "server"), "DO_NOT_TRACK": "1"}
+    env |= {"FOLIO_DSTACK": cli}
+    with ExitStack() as running:
 
-    def answers() -> bool:
-        assert process.poll() is None, (path / "log").read_text()[-2000:]
-        try:
-            return urllib.request.urlopen(f"http://127.0.0.1:{port}/healthcheck", timeout=2).status == 200
-        except OSError:
-            return False
+        def start(*words) -> None:
+            log = running.enter_context((path / f"log-{Path(words[1]).stem}").open("w"))
+            process = subprocess.Popen([*map(str, words)], env=os.environ | env, stdout=log, stderr=log, cwd=path)
+            running.callback(process.wait, 60)
+            running.callback(process.terminate)
 
-    until(answers, "the server")
-    until((path / "home" / ".dstack" / "config.yml").exists, "the login")
-    yield SimpleNamespace(env=env, path=path)
-    for one in (process, slurm):
-        one.terminate()
-        one.wait(30)
+        def answers() -> bool:
+            with suppress(OSError):
+                return urllib.request.urlopen(f"http://127.0.0.1:{port}/healthcheck", timeout=2).status == 200
+
+        start(python, TESTS / "loopback_slurm.py", path / "slurm")
+        until((path / "slurm" / "port").exists, "the login node")
+        cluster = {"name": "here", "hostname": "127.0.0.1", "port": int((path / "slurm" / "port").read_text())}
+        cluster |= {"user": "me", "private_key": {"path": str(path / "slurm" / "key")}, "cpu_partitions": ["cpu"]}
+        cluster |= {"gpu_partitions": [{"gpu": "A10:24GB", "partitions": ["gpu", "gpus"]}]}
+        project = {"name": "main", "backends": [{"type": "slurm", "clusters": [cluster]}]}
+        (path / "server" / "config.yml").write_text(yaml.safe_dump({"projects": [project]}))
+        start(cli, "server", "--host", "127.0.0.1", "-p", port, "-y", "--token", uuid.uuid4())
+        until(answers, "the server")
+        until((path / "home" / ".dstack" / "config.yml").exists, "the login")
+        yield SimpleNamespace(env=env, path=path)
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, bits
+from conftest import ROOT, TIMEOUT, bits
 from loopback import LoopbackHub
 
 from cloud import job
 
-DEV, TIMEOUT = "me/folio-dev", 60  # seconds for any one process: a hang, whatever else the machine is doing
+DEV = "me/folio-dev"
 
 FAKE = """
 import hashlib, json, os, shlex, sys, time

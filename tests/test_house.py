@@ -11,6 +11,7 @@ import pytest
 import shared
 from conftest import ROOT, SCRIPTS, TIMEOUT, ByScript
 
+MAY_IMPORT = {"algos": "", "cloud": "cloud", "benchmark": "benchmark cloud", "tuner": "tuner benchmark"}  # of ours
 TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
 
 
@@ -42,6 +43,13 @@ def test_scripts_import_only_published_packages(script):
     theirs = imported(tree(script)) - set(sys.stdlib_module_names)
     assert theirs <= published and "torch" in theirs
     assert not theirs & {path.stem for path in ROOT.iterdir() if path.is_dir()}
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_who_may_know_whom(folder):
+    paths = sorted((ROOT / folder).glob("*.py"))
+    known = {(path.name, name) for path in paths for name in imported(ast.parse(path.read_text())) & {*MAY_IMPORT, "."}}
+    assert paths and [pair for pair in sorted(known) if pair[1] not in MAY_IMPORT[folder].split()] == []
 
 
 def test_importing_a_script_does_nothing(tmp_path):
@@ -91,7 +99,7 @@ def test_all_tests_of_a_script_go_to_one_worker():
 
 
 def test_lines_fit_in_120_columns():
-    paths = [path for folder in ("algos", "benchmark", "tests") for path in (ROOT / folder).glob("*.py")]
+    paths = [path for folder in (*MAY_IMPORT, "tests") for path in (ROOT / folder).glob("*.py")]
     lines = [(path.name, i, line) for path in paths for i, line in enumerate(path.read_text().splitlines(), 1)]
     assert len(paths) > 5 and [line for line in lines if len(line[2]) > 120] == []
 
