@@ -119,6 +119,8 @@ class Args:
     """weight of the entropy bonus"""
     vf_coef: float = 0.5
     """weight of the value loss"""
+    bounds_coef: float = 0.1
+    """weight of the penalty on means beyond the bounds of the actions"""
     max_grad_norm: float = 0.5
     """largest global norm of the gradient"""
     hidden_size: int = 64
@@ -144,6 +146,7 @@ LIMITS = {  # flag: smallest and largest value
     "gae_lambda": (0, 1),
     "ent_coef": (0, math.inf),
     "vf_coef": (0, math.inf),
+    "bounds_coef": (0, math.inf),
     "max_grad_norm": (1e-12, math.inf),
     "hidden_size": (1, 65_536),
     "log_std_init": (-10, 3),
@@ -290,24 +293,26 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
     return 1 - ((returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)).item()
 
 
-METRICS = "losses/policy_loss", "losses/value_loss", "losses/entropy"
+METRICS = "losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/bounds_loss"
 
 
 def a2c_loss(agent: Agent, args: Args, obs, actions, advantages, returns) -> tuple[Tensor, Tensor]:
     """A3C section 4 on a rollout of B rows, as a loss whose gradient flows through log pi, H and V, not through A:
 
-        -mean(log pi(a|s) A) - ent_coef mean(H(pi(s))) + vf_coef mean((V(s) - R)^2) / 2
+        -mean(log pi(a|s) A) - ent_coef mean(H(pi(s))) + vf_coef mean((V(s) - R)^2) / 2 + bounds_coef mean(b(mu(s)))
 
-    Returns it and the METRICS (3,).
+    b(mu) = sum max(|mu| - 1, 0)^2 is the square of how far the policy's mean lies beyond the bounds of the actions.
+    Returns the loss and the METRICS (4,).
     """
-    logprobs, entropy = log_prob_and_entropy(agent.actor(obs), agent.log_std, actions)
+    mean = agent.actor(obs)
+    logprobs, entropy = log_prob_and_entropy(mean, agent.log_std, actions)
     if args.norm_adv:
         advantages = normalize_advantages(advantages)
     pg_loss = -(logprobs * advantages).mean()
     v_loss = 0.5 * nn.functional.mse_loss(agent.value(obs), returns)
-    entropy = entropy.mean()
-    loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
-    return loss, torch.stack([pg_loss, v_loss, entropy]).detach()
+    bounds_loss = (mean.abs() - 1).clamp(min=0).square().sum(-1).mean()
+    loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss + args.bounds_coef * bounds_loss
+    return loss, torch.stack([pg_loss, v_loss, entropy, bounds_loss]).detach()
 
 
 def gradient_step(

@@ -8,16 +8,12 @@ Run folders are large and stay at home; these files are small and are committed.
 its row, and the rows of runs whose folders are gone are kept.
 """
 
-import ast
 import csv
-import hashlib
 import io
 import json
 import math
 import re
 import shlex
-import subprocess
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -36,35 +32,6 @@ MUJOCO = (
     "Walker2d"
 ).split()
 LOG_FREQUENCY |= dict.fromkeys(MUJOCO, 10_000)
-
-
-@cache
-def code_hash(source: str) -> str:
-    """Of what a script does: its syntax tree without docstrings, so that an edit of a text or a comment changes
-    nothing. Empty fields are left out, because each Python version adds some."""
-
-    def form(node) -> str:
-        if isinstance(node, list):
-            texts = (x for x in node if not (isinstance(x, ast.Expr) and is_text(x.value)))
-            return "[" + ",".join(map(form, texts)) + "]"
-        if not isinstance(node, ast.AST):
-            return repr(node)
-        fields = ((name, value) for name, value in ast.iter_fields(node) if value is not None and value != [])
-        return type(node).__name__ + "(" + ",".join(f"{name}={form(value)}" for name, value in fields) + ")"
-
-    def is_text(node) -> bool:
-        return isinstance(node, ast.Constant) and isinstance(node.value, str)
-
-    return hashlib.sha256(form(ast.parse(source)).encode()).hexdigest()[:16]
-
-
-def code_of(script: Path, sha256: str, commit: str | None) -> str:
-    """The code hash of the script that a run was made with: of the file as it is now, or in that commit; else empty."""
-    sources = [script.read_bytes()] if script.exists() else []
-    if commit:
-        show = ["git", "-C", script.parent, "show", f"{commit}:./{script.name}"]
-        sources += [subprocess.run(show, capture_output=True, check=False).stdout]
-    return next((code_hash(s.decode()) for s in sources if hashlib.sha256(s).hexdigest() == sha256), "")
 
 
 def checkpoints(env: str, steps: int) -> np.ndarray:
@@ -105,7 +72,7 @@ def read_run(folder: Path, entry: suites.Entry, seed: int, random: float | None)
         **{name: described[name] for name in ("cpu", "cores", "gpu", "commit")},
         "clean": {True: "yes", False: "no"}.get(described["clean"], ""),
         "sha256": described["sha256"],
-        "code": code_of(suites.SCRIPTS / f"{entry.script}.py", described["sha256"], described["commit"]),
+        "code": suites.code_of(suites.SCRIPTS / f"{entry.script}.py", described["sha256"], described["commit"]),
         "torch": described["versions"]["torch"],
         "flags": shlex.join(entry.words),
         "started": described["started"],

@@ -30,6 +30,7 @@ import json
 import math
 import re
 import shlex
+import subprocess
 import tomllib
 from dataclasses import dataclass
 from functools import cache
@@ -87,6 +88,35 @@ def run_folder(runs: Path, suite: str, entry: Entry, seed: int) -> Path:
     return runs / suite / f"{entry.name}__{seed}"
 
 
+@cache
+def code_hash(source: str) -> str:
+    """Of what a script does: its syntax tree without docstrings, so that an edit of a text or a comment changes
+    nothing. Empty fields are left out, because each Python version adds some."""
+
+    def form(node) -> str:
+        if isinstance(node, list):
+            texts = (x for x in node if not (isinstance(x, ast.Expr) and is_text(x.value)))
+            return "[" + ",".join(map(form, texts)) + "]"
+        if not isinstance(node, ast.AST):
+            return repr(node)
+        fields = ((name, value) for name, value in ast.iter_fields(node) if value is not None and value != [])
+        return type(node).__name__ + "(" + ",".join(f"{name}={form(value)}" for name, value in fields) + ")"
+
+    def is_text(node) -> bool:
+        return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+    return hashlib.sha256(form(ast.parse(source)).encode()).hexdigest()[:16]
+
+
+def code_of(script: Path, sha256: str, commit: str | None) -> str:
+    """The code hash of the script that a run was made with: of the file as it is now, or in that commit; else empty."""
+    source = script.read_bytes() if script.exists() else b""
+    if commit and hashlib.sha256(source).hexdigest() != sha256:
+        show = ["git", "-C", script.parent, "show", f"{commit}:./{script.name}"]
+        source = subprocess.run(show, capture_output=True, check=False).stdout
+    return code_hash(source.decode()) if hashlib.sha256(source).hexdigest() == sha256 else ""
+
+
 def why_stale(folder: Path, entry: Entry, seed: int, scripts: Path = SCRIPTS) -> str | None:
     """What sets a run folder apart from the run that the entry asks for now, or None."""
     try:
@@ -103,7 +133,8 @@ def why_stale(folder: Path, entry: Entry, seed: int, scripts: Path = SCRIPTS) ->
         name = name if name in had else name.removeprefix("no_")
         if word.startswith("--") and name not in wanted.keys() | OWN:
             return f"{word} was given and is not now"
-    if sha256 != hashlib.sha256((scripts / f"{entry.script}.py").read_bytes()).hexdigest():
+    script = scripts / f"{entry.script}.py"
+    if code_of(script, sha256, described.get("commit")) != code_hash(script.read_text()):
         return f"{entry.script}.py has changed"
     return None
 

@@ -69,6 +69,23 @@ def test_gradient_is_the_policy_gradient(script, rng):
         assert parameter.grad.abs().max() > 1e-5, name
 
 
+def test_means_beyond_the_bounds_are_pulled_back(rng):
+    """The penalty is the squared distance to the bounds, summed over actions; inside them it does nothing."""
+    script = load("a2c_gae_continuous")
+    agent, args = make_agent("a2c_gae_continuous", bounds_coef=0.3, vf_coef=0.0)
+    nothing = torch.zeros(5)
+    for bias, penalty in (([0.9, -0.9], 0.0), ([1.5, -0.2], 0.25), ([3.0, -1.5], 4.25)):
+        agent.actor[-1].weight.data.zero_()
+        agent.actor[-1].bias.data.copy_(torch.tensor(bias))
+        agent.zero_grad()
+        loss, metrics = script.a2c_loss(agent, args, torch.randn(5, 3), torch.randn(5, 2), nothing, nothing)
+        loss.backward()
+        assert loss.item() == pytest.approx(0.3 * penalty, abs=1e-6)
+        assert dict(zip(script.METRICS, metrics.tolist(), strict=True))["losses/bounds_loss"] == pytest.approx(penalty)
+        beyond = [np.sign(x) * 2 * 0.3 * max(abs(x) - 1, 0) for x in bias]
+        assert agent.actor[-1].bias.grad.tolist() == pytest.approx(beyond, abs=1e-6)
+
+
 def test_entropy_bonus_levels_the_policy(rng):
     agent, args = make_agent("a2c_gae", norm_adv=False, ent_coef=1.0, vf_coef=0.0)
     agent.actor[-1].bias.data.copy_(torch.tensor([2.0, 0.0, 0.0, -1.0]))

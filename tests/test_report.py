@@ -149,17 +149,17 @@ def f(x, *, y=(), z=f"{os.sep}!"):
     [("A manual.", "Another."), ("its help", "help"), ("# a comment", ""), ("Says", "Does"), ("[x, y", "[x,    y")],
 )
 def test_code_hash_does_not_see_texts(old, new):
-    assert collect.code_hash(CODE.replace(old, new)) == collect.code_hash(CODE) and old in CODE
+    assert suites.code_hash(CODE.replace(old, new)) == suites.code_hash(CODE) and old in CODE
 
 
 @pytest.mark.parametrize("old, new", [("= 1", "= 2"), ("None", "0"), ('"text"', '"Text"'), ("f(x", "g(x"), ("!", "?")])
 def test_code_hash_sees_code(old, new):
-    assert collect.code_hash(CODE.replace(old, new)) != collect.code_hash(CODE) and old in CODE
+    assert suites.code_hash(CODE.replace(old, new)) != suites.code_hash(CODE) and old in CODE
 
 
 def test_code_hash_is_the_same_in_every_python():
     """A changed value here means that every row of the results would be called changed."""
-    assert collect.code_hash(CODE) == "6549e4a2e03feecf"
+    assert suites.code_hash(CODE) == "6549e4a2e03feecf"
 
 
 def test_code_of_a_run_is_found_in_the_file_or_in_its_commit(tmp_path):
@@ -179,12 +179,18 @@ def test_code_of_a_run_is_found_in_the_file_or_in_its_commit(tmp_path):
             git("commit", "-qm", "a")
         hashes[text] = hashlib.sha256(text.encode()).hexdigest()
     first = git("rev-parse", "HEAD~1")
-    assert collect.code_of(script, hashes["x = 3\n"], first) == collect.code_hash("x = 3")
-    assert collect.code_of(script, hashes["x = 1\n"], first) == collect.code_hash("x = 1")
-    assert collect.code_of(script, hashes["x = 2\n"], first) == ""  # neither the file nor what that commit has
-    assert collect.code_of(script, hashes["x = 1\n"], None) == ""
+    assert suites.code_of(script, hashes["x = 3\n"], first) == suites.code_hash("x = 3")
+    assert suites.code_of(script, hashes["x = 1\n"], first) == suites.code_hash("x = 1")
+    assert suites.code_of(script, hashes["x = 2\n"], first) == ""  # neither the file nor what that commit has
+    assert suites.code_of(script, hashes["x = 1\n"], None) == ""
+    entry = suites.Entry("x", "A-v1", 10, 1, 0.0, "", {})
+    described = {"args": {"env_id": "A-v1", "total_timesteps": 10, "seed": 1}, "command": "algos/x.py"}
+    (tmp_path / "args.json").write_text(json.dumps(described | {"sha256": hashes["x = 1\n"], "commit": first}))
+    for text, reason in (('"""A text."""\nx = 1  # and a remark\n', None), ("x = 3\n", "x.py has changed")):
+        script.write_text(text)
+        assert suites.why_stale(tmp_path, entry, 1, script.parent) == reason
     script.unlink()
-    assert collect.code_of(script, hashes["x = 1\n"], first) == collect.code_hash("x = 1")
+    assert suites.code_of(script, hashes["x = 1\n"], first) == suites.code_hash("x = 1")
 
 
 # ----------------------------------------------------------------------------------------------------------- collecting
@@ -206,7 +212,7 @@ def test_a_run_becomes_a_row(house, call):
         "2.13.0",
     )
     assert row["flags"] == FLAGS
-    assert row["code"] == collect.code_hash((ROOT / "algos" / "ppo.py").read_text())
+    assert row["code"] == suites.code_hash((ROOT / "algos" / "ppo.py").read_text())
     # 200 checkpoints, 500 steps or 5 episodes apart. Returns of 450 begin after checkpoint 100, so the 101st has a
     # trailing mean of 5 / 100 * 450, and from the 120th on it is 450.
     means = np.minimum(np.arange(1, 101) * 5, 100) / 100 * 450

@@ -14,9 +14,10 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from benchmark import run, stats
-from benchmark.collect import code_hash, write_csv
+from benchmark.collect import write_csv
 from benchmark.run import Local, Runner, fail, short, slots_of
 from benchmark.run import shown as path_shown
+from benchmark.suites import code_hash
 from tuner import spaces
 from tuner.search import Run
 from tuner.spaces import Dimension, Space, toml

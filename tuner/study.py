@@ -24,8 +24,9 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from benchmark.collect import code_hash, write_csv
+from benchmark.collect import write_csv
 from benchmark.run import fail
+from benchmark.suites import code_hash
 from tuner.spaces import Space, load
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
