@@ -7,8 +7,8 @@
 
 Those are the runs that docs/BENCHMARKS.md shows: rows of benchmark/results/{suite}.csv with the steps and flags that
 the suite has now. Of these, the ones from a clean commit graduate, if the development repository has them finished and
-they say of themselves what their rows say. benchmark/results/hub.csv records address and hash of each, and is committed with
-the page. What is recorded there is not copied again; a run that was made anew replaces the older one.
+they say of themselves what their rows say. benchmark/results/hub.csv records address and hash of each; it is committed
+with the page. What is recorded there is not copied again; a run that was made anew replaces the older one.
 """
 
 import sys

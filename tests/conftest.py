@@ -253,13 +253,16 @@ def saved_agent(script: str, folder: Path, env_id: str | None = None):
 
 
 class ByScript(LoadScopeScheduling):
-    """With several workers, all tests of a script go to one: its runs, which the tests share, are made once.
+    """With several workers, all tests of a script go to one: its runs, which the tests share, are made once. Likewise
+    those that share dstack's server.
 
     Not by --dist loadgroup, which with pytest 9.2 groups nothing and does not say so (pytest-xdist issue 1386).
     """
 
     def _split_scope(self, nodeid: str) -> str:
         """name.py::test[ppo-other] -> ppo; a test of no script is a group of its own."""
+        if "test_dstack_server.py" in nodeid:
+            return "server"
         return next((word for word in re.findall(r"\w+", nodeid.partition("[")[2]) if word in SCRIPTS), nodeid)
 
 

@@ -93,9 +93,10 @@ def test_all_tests_of_a_script_go_to_one_worker():
         "b.py::test_y[3-dqn_per]",
         "b.py::test_y[dqns]",
         "b.py::dqn",
+        "tests/test_dstack_server.py::test_z[dqn]",
     ]
     groups = [ByScript._split_scope(None, name) for name in ids]
-    assert groups == ["dqn", "dqn", "dqn_per", *ids[3:]]
+    assert groups == ["dqn", "dqn", "dqn_per", *ids[3:5], "server"]
 
 
 def test_lines_fit_in_120_columns():
