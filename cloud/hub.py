@@ -636,7 +636,10 @@ def run_pull(args: Pull) -> None:
         if not run.finished and (folder / "args.json").exists():
             return f"left alone    {run.name}: neither here nor there it is finished; move {folder} away to pull it"
         folder.parent.mkdir(parents=True, exist_ok=True)
-        fetch(hub, run, folder)
+        try:
+            fetch(hub, run, folder)
+        except ValueError as error:  # of this run's content; the others may be well
+            return f"wrong         {error}"
         return f"{'pulled' if run.finished else 'unfinished':13} {run.name}"
 
     try:
@@ -644,10 +647,14 @@ def run_pull(args: Pull) -> None:
         if not runs:
             fail(f"{hub.repo} has no run that fits {shlex.join(args.patterns)}", code=1)
         with ThreadPoolExecutor(8) as pool:
+            lines = []
             for line in pool.map(one, runs):
                 print(line, flush=True)
+                lines.append(line)
     except ERRORS as error:
         fail(f"{hub.repo}: {reason(error)}. What was pulled is intact, and the same command goes on", code=1)
+    if wrong := [line for line in lines if line.startswith("wrong")]:
+        fail(f"{len(wrong)} of {len(lines)} runs were not taken: their content is not what it should be", code=1)
 
 
 def run_list(args: List) -> None:

@@ -390,11 +390,13 @@ def test_only_data_is_taken_and_only_into_its_place(house):
     "path, data", [("episodes.csv", b"step\n"), ("extra.json", b"{}"), ("SHA256SUMS", b"nonsense")]
 )
 def test_what_is_not_as_its_sums_say_is_not_taken(path, data, house):
-    house("push", write_run(house.runs / "r"))
+    for name in ("a", "r", "z"):
+        house("push", write_run(house.runs / name))
     put(house, DEV, {f"r/{path}": data})
-    done = house("pull", "r", runs="back")
-    assert done.code == 1 and "SHA256SUMS" in done.err and done.err.count("\n") == 1
-    assert not (house.path / "back" / "r").exists()
+    done = house("pull", "*", runs="back")
+    assert done.code == 1 and "1 of 3 runs were not taken" in done.err and done.err.count("\n") == 1
+    assert re.search("^wrong +r.* SHA256SUMS", done.out, re.M) and not (house.path / "back" / "r").exists()
+    assert (house.path / "back" / "a").exists() and (house.path / "back" / "z").exists()
 
 
 def test_a_pull_that_was_broken_off_is_mended(house):
