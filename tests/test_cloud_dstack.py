@@ -160,6 +160,17 @@ def test_a_task_is_the_template_and_no_secret_is_in_it():
     } == {key: original[key] for key in ("retry", "spot_policy", "max_duration", "volumes")}
 
 
+def test_what_the_docs_say_of_the_templates_is_so():
+    """The table of docs/cloud.md: what a job costs at most."""
+    text = (ROOT / "docs" / "cloud.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \|.*\| \$([\d.]+) \| (\d+) h \| \$([\d.]+) \|$", text, re.M)
+    for name, price, hours, most in rows:
+        task = yaml.safe_load((dstack.HERE / f"{name}.dstack.yml").read_text())
+        assert (task["max_price"], task["max_duration"]) == (float(price), f"{hours}h")
+        assert float(most) == pytest.approx(float(price) * int(hours))
+    assert [row[0] for row in rows] == ["cpu", "gpu", "gpus"]
+
+
 # ------------------------------------------------------------------------------------------------------- bad input
 
 
