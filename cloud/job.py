@@ -269,16 +269,17 @@ class Job:
     def __init__(self, hub: Hub, args: Args, runs: list[Run], command: list[str]):
         self.hub, self.args, self.runs = hub, args, {run.name: run for run in runs}
         self.asked, self.told, self.said = 0, time.monotonic(), ""
+        self.process = start(command)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.interrupt)
-        self.process = start(command)
         self.printer = threading.Thread(target=pass_on, args=(self.process,), daemon=True)
         self.printer.start()
 
     def interrupt(self, number: int, _) -> None:
         self.asked += 1
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, number)
+        if self.process.returncode is None:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, number)
 
     def open(self) -> list[Run]:
         """The runs that have something to push; with --many, new ones are found here."""
@@ -325,7 +326,7 @@ class Job:
     def end(self) -> int:
         """Push what the command left; its exit code."""
         code = self.process.returncode
-        began = time.monotonic()
+        code, began = code if code >= 0 else 128 - code, time.monotonic()
         while left := self.open():
             for run in left:
                 run.due = 0.0
@@ -342,7 +343,7 @@ class Job:
             if not (run.folder / "args.json").exists() and run.head:  # it never began: a claim is all that is there
                 with suppress(*ERRORS):
                     self.hub.api.delete_branch(self.hub.repo, branch=hf.branch_of(run.name))
-        return code if code >= 0 else 128 - code
+        return code
 
 
 def main() -> None:
@@ -358,21 +359,26 @@ def main() -> None:
     if not args.many and not Path(command[script_of(command)]).is_file():
         fail(f"there is no script {command[script_of(command)]}")
     hub, began = hf.open_hub(args.repo), time.monotonic()
-    while True:
-        try:
-            hf.create(hub, private=True)
-            runs, child = prepare(hub, args, command)
-            break
-        except ERRORS as error:
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            if status in (401, 403) or time.monotonic() - began > 60 * args.patience:
-                fail(f"{hub.repo}: {reason(error)}; nothing was started", code=1)
-            tell(f"{hub.repo} does not answer, which is tried again: {reason(error)}")
-            time.sleep(60 * args.retry)
-    if child is None:
-        return
-    tell(shlex.join(child))
-    raise SystemExit(Job(hub, args, runs, child).work())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        while True:
+            try:
+                hf.create(hub, private=True)
+                runs, child = prepare(hub, args, command)
+                break
+            except ERRORS as error:
+                status = getattr(getattr(error, "response", None), "status_code", None)
+                if status in (401, 403) or time.monotonic() - began > 60 * args.patience:
+                    fail(f"{hub.repo}: {reason(error)}; nothing was started", code=1)
+                tell(f"{hub.repo} does not answer, which is tried again: {reason(error)}")
+                time.sleep(60 * args.retry)
+        if child is None:
+            return
+        tell(shlex.join(child))
+        job = Job(hub, args, runs, child)
+    except KeyboardInterrupt:
+        fail("stopped before it had begun", code=130)
+    raise SystemExit(job.work())
 
 
 if __name__ == "__main__":

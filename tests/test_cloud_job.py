@@ -373,11 +373,13 @@ def test_without_a_hub_nothing_is_started(cloud):
 
 def test_it_waits_for_a_hub_that_is_away_at_the_start(cloud):
     cloud.hub.stop()
-    process = cloud.start()
-    time.sleep(2)
+    processes = cloud.start(flags=("--retry", 1)), cloud.start()
+    assert all("does not answer" in process.stdout.readline() for process in processes)
+    processes[0].send_signal(signal.SIGTERM)
     cloud.hub.start()
-    done = finish(process)
-    assert done.code == 0 and "does not answer" in done.out and end_of(cloud.there()) == result()
+    stopped, done = map(finish, processes)
+    assert stopped.code == 130 and stopped.err == "error: stopped before it had begun\n"
+    assert done.code == 0 and end_of(cloud.there()) == result()
 
 
 # ----------------------------------------------------------------------------------------------------------- many runs

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -148,36 +147,43 @@ def test_an_unfinished_run_has_a_branch_until_it_is_finished(house):
 
 
 def test_a_state_that_is_pushed_during_the_run_can_be_resumed(house):
-    """The checkpoint counts rows of the log, which grows all the time: it must never count more than are there."""
-    folder = write_run(house.runs / "r", finished=False)
+    """The checkpoint counts rows of the log, and the run goes on at every moment of the push: it must never count more
+    rows than are there, and no file may be another when it is sent than when it was summed up."""
+    folder, rows = write_run(house.runs / "r", finished=False), 0
     (folder / "episodes.csv").write_text("step,seconds,return,length\n")
-    over, rows = threading.Event(), [0]
 
     def train():
+        nonlocal rows
+        rows += 1
         with (folder / "episodes.csv").open("a") as log:
-            while not over.is_set():
-                rows[0] += 1
-                log.write(f"{rows[0]},1.0,1.0,1\n")
-                log.flush()
-                (folder / "aside").write_text(str(rows[0]))
-                (folder / "aside").replace(folder / "checkpoint.pt")
+            log.write(f"{rows},1.0,1.0,1\n")
+        (folder / "aside").write_text(str(rows))
+        (folder / "aside").replace(folder / "checkpoint.pt")
 
-    house("push", folder)
-    thread = threading.Thread(target=train)
-    thread.start()
-    while not rows[0]:
-        pass
-    try:
-        for i in range(5):
-            hf.push(house.api(), folder, "r")
-            (run, _), back = hf.find(house.api(), "r"), house.path / f"back-{i}"
-            hf.fetch(house.api(), run, back)
-            assert len((back / "episodes.csv").read_text().splitlines()) - 1 >= int(
-                (back / "checkpoint.pt").read_text()
-            )
-    finally:
-        over.set()
-        thread.join()
+    def during(function):
+        def around(*args, **kwargs):
+            train()
+            result = function(*args, **kwargs)
+            train()
+            return result
+
+        return around
+
+    train()
+    house.patch.setattr(hf.shutil, "copy2", during(hf.shutil.copy2))
+    house.patch.setattr(hf.os, "link", during(hf.os.link))
+    house.patch.setattr(hf, "sha256", during(hf.sha256))
+    hub = hf.open_hub(DEV)
+    hf.create(hub, private=True)
+    hf.push(hub, folder, "r")
+    house.patch.undo()
+    (run, _), back = hf.find(house.api(), "r"), house.path / "back"
+    house.patch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", house.hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    hf.fetch(house.api(), run, back)
+    counted = int((back / "checkpoint.pt").read_text())
+    assert 0 < counted <= len((back / "episodes.csv").read_text().splitlines()) - 1 < rows
 
 
 def test_the_card_says_what_is_there(house):
