@@ -573,6 +573,19 @@ def test_what_a_rung_is_worth_is_the_mean_over_seeds(house):
             assert len(x.intermediate_values) == 6
 
 
+def test_seeds_go_side_by_side_and_a_milestone_counts_when_it_lies_behind_them(house):
+    """They wait after 20 steps. Another episode may end in the 20th, so it does not count yet."""
+    house.space(trials=1, seeds=3, pruner="median", startup=1, grace=10, fixed={"mode": "wait"})
+    process = house.start("search", "s.toml", "--jobs", 1)
+    house.wait(process, 3, "begin")
+    journal = house.study()
+    wait_until(lambda: 10 in journal.trials[0].intermediate_values, process)
+    time.sleep(1.5)
+    assert journal.trials[0].intermediate_values.keys() == {10}
+    house.let_go()
+    assert finish(process).code == 0 and len(journal.trials[0].intermediate_values) == 6
+
+
 def test_divergence_is_pruned_with_its_last_value_and_teaches(house):
     house.space(trials=8, fixed={"mode": "picky"}, start={"rate": 0.06}, milestones=[1, 7, 60])
     done = house.search("--jobs", 2)
@@ -604,10 +617,10 @@ def test_a_result_without_a_number_fails(house):
 # ------------------------------------------------------------------------------------------------------ kills and stops
 
 
-def killed_and_restarted(house: House) -> None:
-    """Two workers, killed in the middle, twice; then two more, which finish."""
+def killed_and_restarted(house: House, times: int) -> None:
+    """Two workers, killed in the middle, so many times; then two more, which finish."""
     house.space(trials=10, fixed={"pace": 0.02}, seeds=1)
-    for _ in range(2):
+    for _ in range(times):
         begun = len(house.journal("begin", "resume"))
         workers = [house.start("search", "s.toml", "--jobs", 2) for _ in range(2)]
         for process in workers:
@@ -631,7 +644,7 @@ def killed_and_restarted(house: House) -> None:
 
 
 def test_two_killed_workers_lose_and_repeat_nothing(house):
-    killed_and_restarted(house)
+    killed_and_restarted(house, times=2)
 
 
 def test_ctrl_c_leaves_trials_to_be_resumed(house):
@@ -895,10 +908,8 @@ def postgres(tmp_path_factory):
 
 def test_two_killed_workers_with_postgresql(house, postgres):
     house.url = postgres.url
-    killed_and_restarted(house)
+    killed_and_restarted(house, times=1)
     assert not (house.trials.parent / "study.journal").exists()
-    done = house.run("show", "s")
-    assert done.code == 0 and "10 complete" in done.out
 
     process = house.start("search", "studies/s", "--trials", 12, "--jobs", 2)
     house.wait(process, 12, "begin")

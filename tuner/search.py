@@ -81,7 +81,6 @@ class Trying:
     """A trial that this worker owns."""
 
     trial: optuna.Trial
-    flags: dict
     jobs: list[Run]
     lock: int
     beat: int
@@ -168,9 +167,8 @@ class Worker(Runner):
         return take_lock(path)
 
     def claim(self, frozen: FrozenTrial, beat: int) -> None:
-        self.storage.set_trial_user_attr(
-            frozen._trial_id, "owner", {"worker": self.name, "machine": self.here, "beat": beat}
-        )
+        owner = {"worker": self.name, "machine": self.here, "beat": beat}
+        self.storage.set_trial_user_attr(frozen._trial_id, "owner", owner)
 
     def take_waiting(self, frozen: FrozenTrial) -> bool:
         lock = self.lock(frozen.number)
@@ -220,10 +218,8 @@ class Worker(Runner):
         number, space = frozen.number, self.space
         self.claim(frozen, 0)
         sampler = TPESampler(seed=number)  # what it draws depends on the trials so far, not on who draws
-        study = optuna.Study(
-            space.name, self.storage, sampler=sampler, pruner=self.pruner
-        )  # a new one: no cached trials
-        study.get_trials(deepcopy=False)  # what a database's cache has not seen it does not know
+        study = optuna.Study(space.name, self.storage, sampler=sampler, pruner=self.pruner)  # a new one caches nothing
+        study.get_trials(deepcopy=False)  # but of a database it only knows trials that it has seen
         trial = optuna.Trial(study, frozen._trial_id)
         known = space.first_params() if number == 0 else {x.param: None for x in space.dimensions}
         params = {x.param: x.suggest(trial) for x in space.dimensions if x.param in known}
@@ -234,13 +230,12 @@ class Worker(Runner):
         for job in jobs:
             job.look(self.args.scripts)
         reported = set(frozen.intermediate_values)
-        self.own[number] = Trying(trial, flags, jobs, lock, 0, time.monotonic(), reported)
+        self.own[number] = Trying(trial, jobs, lock, 0, time.monotonic(), reported)
         self.jobs += jobs
         self.over = False
         words = " ".join(space.entry(flags).words) or "the script's defaults"
-        self.display.tell(
-            f"{'resumes' if any(x.folder.exists() for x in jobs) else 'begins':9} trial {number}  {words}"
-        )
+        how = "resumes" if any(job.folder.exists() for job in jobs) else "begins"
+        self.display.tell(f"{how:9} trial {number}  {words}")
 
     # ---------------------------------------------------------------------------------------------- watching them
 
@@ -334,13 +329,11 @@ class Worker(Runner):
             return self.drop(trying, "was finished by another worker")
         self.failures = self.failures + 1 if state == TrialState.FAIL else 0
         self.broken = self.broken or self.failures >= FAILURES
-        leader = best(self.study)
-        about = {TrialState.COMPLETE: f"{short(told.value)}", TrialState.PRUNED: f"{note}: {short(told.value)}"}
-        ahead = f"  (best {short(leader.value)}, trial {leader.number})" if leader else ""
-        lines = "\n    ".join(
-            [f"{state.name.lower():9} trial {trying.number}  {about.get(state, note)}{ahead}".rstrip()]
-        )
-        self.display.tell(lines.replace("\n", "\n    "), is_news=state == TrialState.FAIL)
+        leader, about = best(self.study), f"{note}: {short(told.value)}" if note else short(told.value)
+        about = note.replace("\n", "\n    ") if state == TrialState.FAIL else about
+        ahead = f"  (best {short(leader.value)}, trial {leader.number})" if leader and state != TrialState.FAIL else ""
+        text = f"{state.name.lower():9} trial {trying.number}  {about}{ahead}"
+        self.display.tell(text, is_news=state == TrialState.FAIL)
         self.drop(trying)
         if state != TrialState.FAIL:
             for job in trying.jobs:  # nothing can go on with it, and a replay can be large
