@@ -5,9 +5,10 @@
     python algos/a2c_gae_continuous.py --resume runs/HalfCheetah-v5__a2c_gae_continuous__1__...
     python algos/a2c_gae_continuous.py --evaluate runs/HalfCheetah-v5__a2c_gae_continuous__1__... --video
 
-An environment with one action and short episodes wants larger swings:
+Environments with one action want larger swings:
 
-    python algos/a2c_gae_continuous.py --env-id InvertedPendulum-v5 --total-timesteps 200000 --log-std-init -1
+    python algos/a2c_gae_continuous.py --env-id InvertedPendulum-v5 --log-std-init -1
+    python algos/a2c_gae_continuous.py --env-id Pendulum-v1 --log-std-init 0 --num-steps 5 --gamma 0.95
 
 Papers: Mnih et al. 2016, arXiv:1602.01783 ("A3C" below); Schulman et al. 2016, arXiv:1506.02438 ("GAE"). The loss, its
 equation and what differs from the papers are those of `a2c_gae.py`; further, the paper's Gaussian has a variance that
@@ -20,8 +21,12 @@ and rewards are scaled by the running deviation of the discounted return; both s
 saved with its weights. Those of the observations change only after the update: the policy that is improved is the one
 that acted.
 
-One gradient per rollout is little: Pendulum-v1, which `ppo_continuous.py` learns in 300,000 steps, was not learned in
-as many by any flags that were tried here.
+Why Pendulum-v1 is learned here, where A2C is known to fail: an action beyond the bounds is clipped, so once the mean is
+far beyond them all actions are the same, no advantage depends on the noise, and the gradient has no direction. The mean
+of a plain A2C walks out to four times the bounds and stays; a pendulum that is pushed at full force is never balanced.
+`--bounds-coef` weighs a penalty that pulls such means back, and is what makes the difference, together with a deviation
+as wide as the bounds and many short rollouts: one gradient for each is little. A tanh on the mean, other learning
+rates, a faster critic and other discounts did not help without it.
 
 What it does not do: images, discrete actions, squashed or state-dependent deviations. Read next:
 `ppo_continuous.py`, which makes many steps of each rollout where this file makes one. Scores: the table in README.md.
