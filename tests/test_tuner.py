@@ -24,9 +24,10 @@ from conftest import ROOT, SCRIPTS
 from optuna.trial import TrialState
 
 import tuner.run
-from benchmark import stats
+from benchmark import run, stats
 from benchmark.suites import SuiteError, as_field, flags_of
 from tuner import spaces, study
+from tuner.search import Run
 
 TIMEOUT = 120  # seconds for any one process: a hang, whatever else the machine is doing
 SHIPPED = sorted(path.stem for path in spaces.SPACES.glob("*.toml"))
@@ -440,6 +441,35 @@ def test_a_finished_search_is_left_alone_and_can_be_made_longer(house):
     assert house.run("search", "studies/s", "--trials", 5).code == 0
     assert len(house.study().trials) == 5 and len(house.journal("end")) == 5
     assert tomllib.loads((house.trials.parent / "space.toml").read_text())["trials"] == 5
+    house.study().enqueue_trial({})  # as when two machines line up the trials at once
+    assert house.run("search", "studies/s").code == 0 and len(house.journal("end")) == 5
+
+
+def test_trials_are_lined_up_by_one_worker_at_a_time(house):
+    house.space(trials=2)
+    house.trials.parent.mkdir(parents=True)
+    with study.locked(house.trials.parent):
+        process = house.start()
+        journal = house.trials.parent / "study.journal"
+        wait_until(lambda: journal.exists() and "folio" in journal.read_text(), process)
+        time.sleep(0.5)
+        assert house.study().trials == [] and process.poll() is None
+    assert finish(process).code == 0 and len(house.study().trials) == 2
+
+
+def test_the_best_trial_is_a_complete_one():
+    made = optuna.create_study(direction="maximize")
+
+    def add(state, value, step):
+        trial = optuna.trial.create_trial(state=state, value=value, intermediate_values={step: value})
+        made.add_trial(trial)
+
+    add(TrialState.PRUNED, 9.0, 10)
+    assert study.best(made) is None
+    for state, value, step in (("COMPLETE", 1.0, 60), ("COMPLETE", 2.0, 60), ("PRUNED", 5.0, 20), ("PRUNED", 7.0, 10)):
+        add(TrialState[state], value, step)
+    made.add_trial(optuna.trial.create_trial(state=TrialState.FAIL))
+    assert study.best(made).number == 2 and [x.number for x in study.best_first(made)] == [2, 1, 3, 0, 4]
 
 
 def test_another_search_is_not_mixed_with_this_one(house, call):
@@ -520,6 +550,9 @@ def test_a_script_of_somebody_else_is_tuned(house, call):
     assert flags[0].keys() == {"--env-id", "--total-timesteps", "--seed", "--run-dir"}
     assert all(set(x) - set(flags[0]) == {"--alpha_0"} for x in flags[1:])
     assert house.study().best_value == pytest.approx(60 * max(float(x["--alpha_0"]) for x in flags[1:]))
+    space, folder = spaces.load(house.path / "s.toml"), house.trials / "0" / "seed-101"
+    aside, command = run.plan(Run("trial 0", space.entry({}), 101, folder), run.Args(suites=(), scripts=house.path))
+    assert aside and "--resume" not in command  # it could not go on with a run that was cut off
     assert call(house, "narrow", "s").code == 0
     done = house.run("validate", "s", "--seeds", 4)
     assert done.code == 0 and "**better**" in done.out, done.err
