@@ -37,12 +37,11 @@ def run(*words, cwd: Path = ROOT, env: dict | None = None, timeout: float = TIME
     return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr)
 
 
-def until(condition, what: str = "it"):
+def until(condition, what: str = "it", pause: float = 0.1) -> None:
     end = time.monotonic() + TIMEOUT
-    while not (found := condition()):
+    while not condition():
         assert time.monotonic() < end, f"waited in vain for {what}"
-        time.sleep(0.1)
-    return found
+        time.sleep(pause)
 
 
 # ------------------------------------------------------------------------------------------------- what is sent there

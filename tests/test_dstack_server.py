@@ -165,7 +165,7 @@ def test_submitted_listed_not_twice_retried_and_stopped(fleet):
     assert run("logs", "test/A-v1__ppo__1", env=fleet).code == 0
     stopped = run("stop", "test/A-v1__ppo__1", env=fleet)
     assert stopped.code == 0 and "Stopped" in stopped.out, stopped
-    until(lambda: "terminated" in run("list", env=fleet).out, "the stop")
+    until(lambda: "terminated" in run("list", env=fleet).out, "the stop", pause=3)
     gone = run("stop", "test/none", env=fleet)
     assert gone.code == 2 and "not found" in gone.err and gone.err.count("\n") == 1
 
@@ -203,4 +203,4 @@ def test_the_runner_submits_waits_and_stops_on_the_real_server(fleet, tmp_path):
     hub.stop()
     assert done.code == 130 and "cpu1" in done.out and "$0" in done.out and "failed" not in done.out + done.err, done
     line = f"{dstack.task_name('s/CartPole-v1__ppo__1')} "
-    until(lambda: any("terminat" in x for x in run("list", env=fleet).out.splitlines() if line in x), "the stop")
+    until(lambda: any("terminat" in x for x in run("list", env=fleet).out.splitlines() if line in x), "the stop", pause=3)
