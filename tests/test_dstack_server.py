@@ -7,6 +7,7 @@ the server is not installed; .ci/run installs it into .venv-dstack. All tests go
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -151,7 +152,7 @@ def test_submitted_listed_not_twice_retried_and_stopped(fleet):
     again = run(*words, env=fleet)
     assert again.code == 0 and "is active already" in again.out and run("list", env=fleet).out.count(task) == 1
     # The one machine refuses to start it, which is lost capacity: it is tried again, not given up.
-    until(lambda: "retrying" in run("list", env=fleet).out, "a retry")
+    until(lambda: "retrying" in run("list", env=fleet).out, "a retry", pause=3)
     shown = json.loads(
         subprocess.run(
             [fleet["FOLIO_DSTACK"], "run", "get", task, "--json"],
@@ -203,4 +204,4 @@ def test_the_runner_submits_waits_and_stops_on_the_real_server(fleet, tmp_path):
     hub.stop()
     assert done.code == 130 and "cpu1" in done.out and "$0" in done.out and "failed" not in done.out + done.err, done
     line = f"{dstack.task_name('s/CartPole-v1__ppo__1')} "
-    until(lambda: any("terminat" in x for x in run("list", env=fleet).out.splitlines() if line in x), "the stop", pause=3)
+    until(lambda: re.search(f"{line}.*terminat", run("list", env=fleet).out), "the stop", pause=3)
