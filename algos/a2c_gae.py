@@ -23,7 +23,7 @@ the one that acted, and its probability ratio, clipping, minibatches and epochs 
 policy gradient itself. Long rollouts waste steps here, because each gives one gradient.
 
 What it does not do: images, continuous actions (`a2c_gae_continuous.py`), memory, action masks. Read next:
-`reinforce.py`, which waits for the end of the episode instead of asking a critic. Scores: the table in README.md.
+`reinforce.py`, which waits for the end of the episode instead of asking a critic. Scores: docs/BENCHMARKS.md.
 
 The file is long because it repeats all that a script needs to stand alone: from "the run" to "training" the text is
 the same in every file, but for `start_envs`, `to_tensor` and `frame`, and who reads for the algorithm can skip it.

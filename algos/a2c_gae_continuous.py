@@ -29,7 +29,7 @@ as wide as the bounds and many short rollouts: one gradient for each is little. 
 rates, a faster critic and other discounts did not help without it.
 
 What it does not do: images, discrete actions, squashed or state-dependent deviations. Read next:
-`ppo_continuous.py`, which makes many steps of each rollout where this file makes one. Scores: the table in README.md.
+`ppo_continuous.py`, which makes many steps of each rollout where this file makes one. Scores: docs/BENCHMARKS.md.
 
 The file is long because it repeats all that a script needs to stand alone: from "the run" to "training" the text is
 the same in every file, but for `start_envs`, `to_tensor` and `frame`, and who reads for the algorithm can skip it.

@@ -18,7 +18,7 @@ the best next action instead of the one that was taken (DQN algorithm 1), and ho
 independent of how fast the environment steps: `--gradient-steps` updates every `--train-frequency` environment steps.
 
 What it does not do: Double DQN, priorities, dueling heads and n-step returns (all in `dqn_per.py`, which to read
-next), images. Scores: the table in README.md.
+next), images. Scores: docs/BENCHMARKS.md.
 
 The file is long because it repeats all that a script needs to stand alone: from "the run" to "training" the text is
 the same in every file, but for `start_envs`, `to_tensor` and `frame`, and who reads for the algorithm can skip it.

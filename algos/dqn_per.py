@@ -22,7 +22,7 @@ it is worth, so that one network's lucky error is not taken twice (`double_dqn_l
 more often (`Priorities`), for which a tree of sums finds a row by its share of the whole in log2(rows) steps
 (`SumTree`). The replay is the same, and so is the rest of the loop.
 
-What it does not do: the rank-based variant, noisy or distributional networks, images. Scores: the table in README.md.
+What it does not do: the rank-based variant, noisy or distributional networks, images. Scores: docs/BENCHMARKS.md.
 
 The file is long because it repeats all that a script needs to stand alone: from "the run" to "training" the text is
 the same in every file, but for `start_envs`, `to_tensor` and `frame`, and who reads for the algorithm can skip it.

@@ -18,7 +18,7 @@ What to notice, coming from `ppo.py`: policy and value share their features, so 
 of once per rollout; frames are turned into numbers once, when they arrive, with the channels last, and the
 convolutions run in bfloat16 by default (`--no-bf16`), while weights, heads and losses stay in float32.
 
-What it does not do: memory, other image environments than ALE. Scores: the table in README.md.
+What it does not do: memory, other image environments than ALE. Scores: docs/BENCHMARKS.md.
 
 The file is long because it repeats all that a script needs to stand alone: from "the run" to "training" the text is
 the same in every file, but for `start_envs`, `to_tensor` and `frame`, and who reads for the algorithm can skip it.

@@ -23,7 +23,7 @@ that acted. A HalfCheetah episode never terminates, it is cut after 1000 steps: 
 observation (`gae`) is what lets the value function see that the future goes on.
 
 What differs from the usual implementation: as in `ppo.py`. What it does not do: images, discrete actions, squashed
-or state-dependent deviations. Read next: `ppo_atari.py`. Scores: the table in README.md.
+or state-dependent deviations. Read next: `ppo_atari.py`. Scores: docs/BENCHMARKS.md.
 
 The file is long because it repeats all that a script needs to stand alone: from "the run" to "training" the text is
 the same in every file, but for `start_envs`, `to_tensor` and `frame`, and who reads for the algorithm can skip it.

@@ -26,7 +26,7 @@ baseline, V of its real last state stands for it; without, there is nobody to as
 
 What it does not do: environments whose episodes never end, images, continuous actions, memory, action masks. At a
 checkpoint, which comes after an update, running episodes are dropped, as are those at the end of the run that are too
-few for an update. Read next: `a2c_gae.py`. Scores: the table in README.md.
+few for an update. Read next: `a2c_gae.py`. Scores: docs/BENCHMARKS.md.
 
 The file is long because it repeats all that a script needs to stand alone: from "the run" to "training" the text is
 the same in every file, but for `start_envs`, `to_tensor` and `frame`, and who reads for the algorithm can skip it.

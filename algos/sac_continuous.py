@@ -18,7 +18,7 @@ critics the smaller one counts, because a maximum over noisy values is too large
 Gaussian is squashed by tanh, which changes its density (`tanh_log_prob`), and its width depends on the state.
 
 What it does not do: images, discrete actions (`sac_discrete.py`, which to read next), normalised observations.
-Scores: the table in README.md.
+Scores: docs/BENCHMARKS.md.
 
 The file is long because it repeats all that a script needs to stand alone: from "the run" to "training" the text is
 the same in every file, but for `start_envs`, `to_tensor` and `frame`, and who reads for the algorithm can skip it.

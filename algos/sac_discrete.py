@@ -34,7 +34,7 @@ expectation over them is a sum (`soft_values`), with no noise, and as no gradien
 actor, one backward pass does it all.
 
 What it does not do: images, continuous actions (`sac_continuous.py`), normalised observations.
-Scores: the table in README.md.
+Scores: docs/BENCHMARKS.md.
 
 The file is long because it repeats all that a script needs to stand alone: from "the run" to "training" the text is
 the same in every file, but for `start_envs`, `to_tensor` and `frame`, and who reads for the algorithm can skip it.
