@@ -20,7 +20,7 @@ one that was never interrupted.
 
 What it does not do: images (`ppo_atari.py`), continuous actions (`ppo_continuous.py`), memory, action masks.
 Read next: `ppo_continuous.py`, whose diff with this file is what a Gaussian policy and normalisation take. Scores:
-the table in README.md.
+docs/BENCHMARKS.md.
 
 The file is long because it repeats all that a script needs to stand alone: from "the run" to "training" the text is
 the same in every file, but for `start_envs`, `to_tensor` and `frame`, and who reads for the algorithm can skip it.
