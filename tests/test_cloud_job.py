@@ -71,6 +71,8 @@ try:
             write("checkpoint.pt", state)
         while args["mode"] == "wait" and step == 12 and not journal.with_name("go").exists():
             time.sleep(0.01)
+        while args["mode"] == "wait" and step == 22 and journal.with_name("not yet").exists():
+            time.sleep(0.01)
         if args["mode"] == "diverge" and step == 12:
             print("error: diverged", flush=True)
             sys.exit(3)
@@ -203,7 +205,7 @@ def test_killed_twice_the_result_is_the_same(cloud):
         kill(process)
         until(lambda: not lives(cloud.journal("from")[-1][0]), what="the command's end")
         seen = cloud.state()["step"]
-        assert 0 < seen < 60 and "result.json" not in cloud.there()
+        assert 0 < seen < 60 and "result.json" not in cloud.there() and not cloud.journal("end")
     assert cloud.run("--steps", 60).code == 0
     assert end_of(cloud.there()) == result(60) and cloud.hub.branches(DEV) == {"main"}
     starts = [int(line[2]) for line in cloud.journal("from")]
@@ -309,10 +311,13 @@ def test_a_job_that_finds_the_run_finished_by_another_lets_it_be(cloud):
 
 def test_a_lost_answer_is_not_another_job(cloud):
     """The commit was made, the connection broke: the branch has moved, by our own hand."""
+    (cloud.path / "not yet").touch()
     process = cloud.start("--mode", "wait", "--steps", 40)
     until(lambda: cloud.state()["step"] == 10, process)
     cloud.hub.lose_answers = 2
     (cloud.path / "go").touch()
+    until(lambda: cloud.state()["step"] == 20 and not cloud.hub.lose_answers, process)
+    (cloud.path / "not yet").unlink()
     done = finish(process)
     assert done.code == 0 and "another job" not in done.out and "tried again" in done.out, done
     assert cloud.hub.lose_answers == 0 and end_of(cloud.there()) == result(40)
@@ -329,6 +334,7 @@ def test_a_hub_that_goes_away_during_the_run_costs_nothing(cloud):
     until(lambda: cloud.journal("end"), process)
     time.sleep(0.5)
     assert process.poll() is None  # it waits for the Hub
+    cloud.hub.fail_commits = 3  # which is not well at once
     cloud.hub.start()
     done = finish(process)
     assert done.code == 0 and end_of(cloud.there()) == result(40), done
