@@ -43,7 +43,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import tyro
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+from huggingface_hub import CommitOperationAdd
 from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 
 from cloud import hub as hf
@@ -138,13 +138,10 @@ def claim(hub: Hub, name: str, command: list[str] | None) -> tuple[Remote | None
             hub.api.create_branch(hub.repo, branch=hf.branch_of(name), exist_ok=True)
             continue  # and look at what is there: another job may have been faster
         has_state = "args.json" in running.files and counts(running)
-        operations = [CommitOperationAdd(f"{name}/{CLAIM}", json.dumps(JOB).encode())]
-        if not has_state:
-            operations += [CommitOperationDelete(f"{name}/{path}") for path in running.files if path != CLAIM]
         try:
             done = hub.api.create_commit(
                 hub.repo,
-                operations,
+                [CommitOperationAdd(f"{name}/{CLAIM}", json.dumps(JOB).encode())],
                 commit_message=f"{name}: a job on {JOB['host']} has it",
                 revision=hf.branch_of(name),
                 parent_commit=running.revision,

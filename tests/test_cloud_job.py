@@ -71,7 +71,7 @@ try:
             write("checkpoint.pt", state)
         while args["mode"] == "wait" and step == 12 and not journal.with_name("go").exists():
             time.sleep(0.01)
-        while args["mode"] == "wait" and step == 22 and journal.with_name("not yet").exists():
+        while args["mode"] == "wait" and step == 17 and journal.with_name("not yet").exists():
             time.sleep(0.01)
         if args["mode"] == "diverge" and step == 12:
             print("error: diverged", flush=True)
@@ -198,18 +198,17 @@ def test_a_job_makes_its_run_and_a_second_start_does_nothing(cloud):
 
 def test_killed_twice_the_result_is_the_same(cloud):
     """In an empty folder each time: what comes over is on the Hub."""
-    seen = 0
-    for _ in range(2):
-        process = cloud.start("--steps", 60)
-        until(lambda before=seen: cloud.state()["step"] > before, process)
+    (cloud.path / "not yet").touch()
+    for stop in (10, 15):
+        process = cloud.start("--mode", "wait", "--steps", 60)
+        until(lambda step=stop: cloud.state()["step"] == step, process)
         kill(process)
         until(lambda: not lives(cloud.journal("from")[-1][0]), what="the command's end")
-        seen = cloud.state()["step"]
-        assert 0 < seen < 60 and "result.json" not in cloud.there() and not cloud.journal("end")
-    assert cloud.run("--steps", 60).code == 0
+        (cloud.path / "go").touch()
+    (cloud.path / "not yet").unlink()
+    assert cloud.run("--mode", "wait", "--steps", 60).code == 0
     assert end_of(cloud.there()) == result(60) and cloud.hub.branches(DEV) == {"main"}
-    starts = [int(line[2]) for line in cloud.journal("from")]
-    assert starts[0] == 0 and 0 < starts[1] < starts[2] == seen
+    assert [int(line[2]) for line in cloud.journal("from")] == [0, 10, 15] and len(cloud.journal("end")) == 1
 
 
 def test_killed_before_its_first_push_it_begins_anew(cloud):
@@ -296,9 +295,11 @@ def test_of_two_jobs_the_later_one_has_the_run(cloud):
     assert cloud.run("--mode", "wait", "--steps", 60).code == 0 and len(cloud.journal("from")) == 2
 
 
-def test_a_job_that_finds_the_run_finished_by_another_lets_it_be(cloud):
-    first = cloud.start("--mode", "wait")
-    until(lambda: cloud.state()["step"] == 10, first)
+@pytest.mark.parametrize("push_every", [0, 100])
+def test_a_job_that_finds_the_run_finished_by_another_lets_it_be(push_every, cloud):
+    """At its next checkpoint, or only at its end."""
+    first = cloud.start("--mode", "wait", flags=("--push-every", push_every))
+    until(lambda: cloud.state()["step"], first)
     go, other = cloud.path / "go", {"JOURNAL": str(cloud.path / "elsewhere" / "journal")}
     (cloud.path / "elsewhere").mkdir()
     (cloud.path / "elsewhere" / "go").touch()
@@ -312,15 +313,15 @@ def test_a_job_that_finds_the_run_finished_by_another_lets_it_be(cloud):
 def test_a_lost_answer_is_not_another_job(cloud):
     """The commit was made, the connection broke: the branch has moved, by our own hand."""
     (cloud.path / "not yet").touch()
-    process = cloud.start("--mode", "wait", "--steps", 40)
+    process = cloud.start("--mode", "wait", "--steps", 40, flags=("--retry", 0.05))
     until(lambda: cloud.state()["step"] == 10, process)
-    cloud.hub.lose_answers = 2
+    cloud.hub.lose_answers = 1
     (cloud.path / "go").touch()
-    until(lambda: cloud.state()["step"] == 20 and not cloud.hub.lose_answers, process)
-    (cloud.path / "not yet").unlink()
+    until(lambda: cloud.state()["step"] == 15, process)
+    (cloud.path / "not yet").unlink()  # before it tries again, there is more to push
     done = finish(process)
-    assert done.code == 0 and "another job" not in done.out and "tried again" in done.out, done
-    assert cloud.hub.lose_answers == 0 and end_of(cloud.there()) == result(40)
+    assert done.code == 0 and "another job" not in done.out and done.out.count("tried again") == 2, done
+    assert "412" in done.out and end_of(cloud.there()) == result(40)
 
 
 # ---------------------------------------------------------------------------------------------- a Hub that is not well
