@@ -26,8 +26,8 @@ far beyond them all actions are the same, no advantage depends on the noise, and
 of a plain A2C walks out to four times the bounds and stays; a pendulum that is pushed at full force is never balanced.
 A penalty that pulls such means back, weighed by `--bounds-coef`, is one half; without it, under the flags above, most
 seeds get stuck far from upright. The other is a deviation as wide as the bounds and many short rollouts, as one
-gradient for each is little: with narrower noise the penalty alone does not help. A tanh on the mean, a faster critic,
-other learning rates and discounts did not either.
+gradient for each is little: with narrower noise the penalty alone did not help. Nor did, without the penalty, a tanh on
+the mean, a faster critic, other learning rates and discounts (on one or two seeds each).
 
 What it does not do: images, discrete actions, squashed or state-dependent deviations. Read next:
 `ppo_continuous.py`, which makes many steps of each rollout where this file makes one. Scores: docs/BENCHMARKS.md.
