@@ -199,6 +199,14 @@ def finish(process: subprocess.Popen) -> SimpleNamespace:
     return SimpleNamespace(code=process.returncode, out=out, err=err)
 
 
+def lives(pid: str) -> bool:
+    """Whether there is a process of that number that has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def finish_well(process: subprocess.Popen) -> SimpleNamespace:
     done = finish(process)
     assert done.code == 0, done.err

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import gymnasium as gym
 import pytest
-from conftest import ROOT, bits
+from conftest import ROOT, bits, finish, lives
 
 from benchmark import run, suites
 
@@ -163,25 +163,10 @@ class House:
         return {str(path.relative_to(self.path)): path.stat().st_mtime_ns for path in sorted(self.path.rglob("*"))}
 
 
-def finish(process: subprocess.Popen) -> SimpleNamespace:
-    try:
-        out, err = process.communicate(timeout=TIMEOUT)
-    finally:
-        process.kill()
-    return SimpleNamespace(code=process.returncode, out=out, err=err)
-
-
 def kill(process: subprocess.Popen) -> None:
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL, "it ended before it could be killed"
-
-
-def lives(pid: str) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, TIMEOUT, bits
+from conftest import ROOT, TIMEOUT, bits, lives
 from loopback import LoopbackHub
 
 from cloud import job
@@ -152,13 +152,6 @@ def kill(process: subprocess.Popen) -> None:
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-
-
-def lives(pid: str) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def result(steps: int = 30, seed: int = 1) -> tuple[bytes, list[str]]:

@@ -20,7 +20,7 @@ import gymnasium as gym
 import numpy as np
 import optuna
 import pytest
-from conftest import ROOT, SCRIPTS
+from conftest import ROOT, SCRIPTS, finish, lives
 from optuna.trial import TrialState
 
 import tuner.run
@@ -188,27 +188,12 @@ def wait_until(condition, *processes: subprocess.Popen) -> None:
         time.sleep(0.01)
 
 
-def finish(process: subprocess.Popen) -> SimpleNamespace:
-    try:
-        out, err = process.communicate(timeout=TIMEOUT)
-    finally:
-        process.kill()
-    return SimpleNamespace(code=process.returncode, out=out, err=err)
-
-
 def kill(*processes: subprocess.Popen) -> None:
     for process in processes:
         process.kill()
     for process in processes:
         process.communicate()
         assert process.returncode == -signal.SIGKILL, "it ended before it could be killed"
-
-
-def lives(pid: str) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def given(folder: Path) -> dict:
