@@ -267,8 +267,8 @@ def test_a_space_is_read_and_written(house):
     assert [x.flag for x in space.dimensions] == list(ranges) and space.seeds == (101, 102, 103)
     assert [x.param for x in space.dimensions][:4] == ["rate", "log2(size)", "1-gamma", "on"]
     assert space.dimensions[5].choices == (None, 1.0, 2.5) and space.dimensions[6].low == 0.0
-    assert space.grid == [7, 10, 20, 21, 30, 40, 50, 60]
-    assert spaces.load(path, steps=1000, grace=100, milestones=1).grid == [100, 300, 1000]  # nothing is judged at 900
+    assert space.grid == [7, 10, 20, 28, 30, 40, 50, 60]
+    assert spaces.load(path, steps=1000, grace=60, milestones=1).grid == [60, 240, 1000]  # nothing is judged at 960
     assert space.first_params() == {
         "rate": 0.02,
         "log2(size)": 6,

@@ -22,9 +22,9 @@ The rest may be left out:
     direction = "maximize"      # or "minimize"
     milestones = 20             # how often a run is judged, at equal distances; or a list of steps
     pruner = "asha"             # asynchronous successive halving; or "median", or "none"
-    grace = 33_000              # steps before a run may be pruned; by default a ninth of the budget, or with "median" a
-                                # fifth
-    reduction = 3               # of "asha": one setting in so many goes on at grace, grace * reduction, ...
+    grace = 18_750              # steps before a run may be pruned; by default a sixteenth of the budget (the budget /
+                                # reduction ** 2), or with "median" a fifth
+    reduction = 4               # of "asha": one setting in so many goes on at grace, grace * reduction, ...
     startup = 5                 # of "median": finished settings before anything is pruned
 
     [fixed]                     # flags that belong to the task: every run has them, the defaults' in a validation too
@@ -146,7 +146,7 @@ class Space:
     milestones: int | tuple[int, ...] = 20
     pruner: str = "asha"
     grace: int = 1
-    reduction: int = 3
+    reduction: int = 4
     startup: int = 5
     fixed: dict = field(default_factory=dict)
     settled: dict = field(default_factory=dict)
@@ -357,7 +357,7 @@ def read_space(content: dict, path: Path) -> Space:
         raise SuiteError(f"{where}: pruner is {pruner}; there are {', '.join(PRUNERS)}")
     if direction not in ("maximize", "minimize"):
         raise SuiteError(f"{where}: direction is {direction}; there are maximize and minimize")
-    reduction = content.get("reduction", 3)
+    reduction = content.get("reduction", 4)
     grace = content.get("grace", math.ceil(steps / (5 if pruner == "median" else reduction**2)))
     if pruner != "none" and grace >= steps:
         raise SuiteError(f"{where}: grace is {grace}, but a run has only {steps} steps")
