@@ -92,12 +92,15 @@ def main() -> None:
 
     try:
         records, lines = hub.graduate(source, target, wanted, page)
+    except KeyboardInterrupt:
+        hub.fail("interrupted; nothing was recorded, and the same command goes on", code=130)
     except hub.ERRORS as error:
         hub.fail(f"{hub.reason(error)}; nothing was recorded, and the same command goes on", code=1)
-    hub.write_record(args.results_dir / "hub.csv", record | records)
     for line in lines:
         print(f"not graduated: {line}", file=sys.stderr)
-    print(f"{len(records)} graduated; now: python benchmark/report.py --no-collect")
+    if records:
+        hub.write_record(args.results_dir / "hub.csv", record | records)
+    print(f"{len(records)} graduated{'; now: python benchmark/report.py --no-collect' if records else ''}")
     raise SystemExit(bool(lines))
 
 

@@ -40,6 +40,7 @@ import shlex
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -58,7 +59,7 @@ from huggingface_hub import (
     get_token,
     set_client_factory,
 )
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.repocard_data import EvalResult
 from huggingface_hub.utils import disable_progress_bars, logging
 
@@ -66,6 +67,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MAIN, CLAIM = "main", "claim.json"
 MADE = SUMS, CARD, CURVE = "SHA256SUMS", "README.md", "curve.png"  # what a push adds to a run folder
 NAME = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*(?<![./-])", re.ASCII)
+RULE = "cannot be a run's name: letters, digits, _ . and single - in parts with / between them"
 KINDS = r"[\w-][\w.-]*\.(json|csv|pt|safetensors|mp4|png)|events\.out\.tfevents\.[\w.-]+"
 DATA = re.compile(rf"([\w-][\w.-]*/)*({KINDS})", re.ASCII)
 ASIDE = re.compile(r"\.(old-\d+|push|pull)(/|$)")  # folders that are not runs any more, or not yet
@@ -104,8 +106,10 @@ def reason(error: Exception) -> str:
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
     said = " ".join(str(getattr(error, "server_message", None) or error or repr(error)).split())
-    if status == 401:
-        said = f"the Hub refuses the token, or shows it no such repository: {said}"
+    if isinstance(error, RepositoryNotFoundError):
+        said = "the Hub has no such repository, or does not show it to this token"
+    elif status == 401:
+        said = f"the Hub refuses the token: {said}"
     elif status:
         said = f"the Hub answers {status}: {said}"
     elif isinstance(error, httpx2.HTTPError):
@@ -117,9 +121,13 @@ def reason(error: Exception) -> str:
 # ------------------------------------------------------------------------------------------------- what is where
 
 
+def is_name(name: str) -> bool:
+    return bool(NAME.fullmatch(name)) and len(name) <= 150
+
+
 def check_name(name: str) -> str:
-    if not NAME.fullmatch(name) or len(name) > 150:
-        fail(f"{name!r} cannot be a run's name: letters, digits, _ . and single - in parts with / between them")
+    if not is_name(name):
+        fail(f"{name!r} {RULE}")
     return name
 
 
@@ -140,6 +148,7 @@ def set_up_client() -> None:
     """No bars and warnings, what matters of them is said in a line; and no waiting for ever, which is its default."""
     disable_progress_bars()
     logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", "Not enough free disk space")
     set_client_factory(lambda: httpx2.Client(follow_redirects=True, timeout=SILENCE))
 
 
@@ -150,8 +159,11 @@ def create(hub: Hub, private: bool) -> None:
 
 
 def heads(hub: Hub) -> dict[str, str]:
-    """The newest commit of each branch."""
-    return {branch.name: branch.target_commit for branch in hub.api.list_repo_refs(hub.repo).branches}
+    """The newest commit of each branch; main is one of them."""
+    found = {branch.name: branch.target_commit for branch in hub.api.list_repo_refs(hub.repo).branches}
+    if MAIN not in found:
+        raise RuntimeError("it has no branch main")
+    return found
 
 
 def tree(hub: Hub, name: str, revision: str) -> dict[str, int]:
@@ -169,8 +181,8 @@ def find(hub: Hub, name: str) -> tuple[Remote | None, Remote | None]:
     running = finished = None
     if revision := head.get(branch_of(name)):
         running = Remote(name, revision, tree(hub, name, revision))
-    if (revision := head.get(MAIN)) and (files := tree(hub, name, revision)):
-        finished = Remote(name, revision, files)
+    if files := tree(hub, name, head[MAIN]):
+        finished = Remote(name, head[MAIN], files)
     return running, finished
 
 
@@ -186,8 +198,8 @@ def find_all(hub: Hub) -> list[Remote]:
             runs[str(name)].files[str(path.relative_to(name))] = size
     for branch, revision in head.items():
         name = branch.removeprefix("run-").replace("--", "/")
-        if branch.startswith("run-") and name not in runs and (files := tree(hub, name, revision)):
-            if "args.json" in files:
+        if branch.startswith("run-") and NAME.fullmatch(name) and name not in runs:
+            if "args.json" in (files := tree(hub, name, revision)):
                 runs[name] = Remote(name, revision, files)
     return [runs[name] for name in sorted(runs)]
 
@@ -237,9 +249,12 @@ def snapshot(folder: Path, name: str, repo: str) -> Iterator[dict[str, Path]]:
                 shutil.copy2(paths[path], aside)
         if "args.json" not in files:
             raise ValueError(f"{folder} is not a run folder: it has no args.json")
-        draw_curve(files.get("episodes.csv"), stage / CURVE)
         (stage / SUMS).write_text(sums_of(files))
-        (stage / CARD).write_text(card(name, repo, files))
+        try:
+            draw_curve(files.get("episodes.csv"), stage / CURVE)
+            (stage / CARD).write_text(card(name, repo, files))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder} has a file that is not a run folder's: {error!r}") from None
         yield files | {made: stage / made for made in MADE if (stage / made).exists()}
     finally:
         shutil.rmtree(stage, ignore_errors=True)
@@ -249,13 +264,14 @@ def push(hub: Hub, folder: Path, name: str, parent: str | None = None) -> Remote
     """Make the Hub's copy of a run what the folder is now, in one commit.
 
     With `parent`, only if the run's branch is still at that commit (otherwise an HfHubHTTPError with status 412).
+    Without, whatever is there is replaced, and with it the claim of a job, which then ends.
     """
     with snapshot(folder, name, hub.repo) as files:
         finished, branch = "result.json" in files, branch_of(name)
         if not finished and parent is None:
             hub.api.create_branch(hub.repo, branch=branch, exist_ok=True)
         target = MAIN if finished else branch
-        gone = tree(hub, name, target).keys() - files.keys() - {CLAIM}
+        gone = tree(hub, name, target).keys() - files.keys() - ({CLAIM} if parent else set())
         operations = [CommitOperationDelete(f"{name}/{path}") for path in gone]
         operations += [CommitOperationAdd(f"{name}/{path}", file) for path, file in files.items()]
         done = hub.api.create_commit(
@@ -266,7 +282,7 @@ def push(hub: Hub, folder: Path, name: str, parent: str | None = None) -> Remote
             parent_commit=None if finished else parent,
         )
     if finished and branch in heads(hub):
-        with suppress(HfHubHTTPError):  # another push of the same result was faster
+        with suppress(*ERRORS):  # the run is there; a branch that stays in spite of all costs no more than its room
             hub.api.delete_branch(hub.repo, branch=branch)
     return Remote(name, done.oid, dict.fromkeys(files, 0))
 
@@ -447,9 +463,7 @@ def graduate(
         for name, expected in wanted.items():
             run = Remote(name, head, tree(source, name, head))
             if not run.finished:
-                lines.append(
-                    f"{name}: {source.repo} has no finished run of this name; cloud/hub.py push takes it there"
-                )
+                lines.append(f"{name}: {source.repo} does not have it finished; `cloud/hub.py push` takes it there")
                 continue
             try:
                 folder = Path(aside) / "runs" / name
@@ -503,6 +517,8 @@ def check_link(url: str, sums: str) -> str | None:
     endpoint, owner, repo = address.rsplit("/", 2)
     if endpoint != constants.ENDPOINT:
         return f"is not on {constants.ENDPOINT}"
+    if not NAME.fullmatch(name):
+        return "is not the address of a run"
     hub = Hub(f"{owner}/{repo}")
     try:
         run = Remote(name, revision, tree(hub, name, revision))
@@ -579,32 +595,43 @@ def run_push(args: Push) -> None:
         fail("name run folders, or --all")
     runs_dir, folders = args.runs_dir.resolve(), [folder.resolve() for folder in args.folders]
     if args.all:
+        if not runs_dir.is_dir():
+            fail(f"there is no folder {runs_dir}")
         folders = sorted(path.parent for path in runs_dir.rglob("result.json"))
         folders = [x for x in folders if not ASIDE.search(str(x)) and (x / "args.json").exists()]
+        unnamed = [x for x in folders if not is_name(x.relative_to(runs_dir).as_posix())]
+        folders = [x for x in folders if x not in unnamed]
+        for folder in unnamed:
+            print(f"left out: {folder}: {RULE}", file=sys.stderr)
     for folder in folders:
-        if not folder.is_relative_to(runs_dir) or folder == runs_dir:
-            fail(f"{folder} is not below {runs_dir}; --runs-dir names the folder that the run's name begins after")
+        if not folder.is_dir():
+            fail(f"there is no folder {folder}")
         if not (folder / "args.json").is_file():
             fail(f"{folder} is not a run folder: it has no args.json")
+        if not folder.is_relative_to(runs_dir) or folder == runs_dir:
+            parent = shlex.quote(str(folder.parent))
+            fail(f"{folder} is not below {runs_dir}; with --runs-dir {parent} the run's name is {folder.name}")
         check_name(folder.relative_to(runs_dir).as_posix())
     hub = open_hub(args.repo)
     try:
-        create(hub, private=True)
-        there = heads(hub)
+        there = heads(hub) if hub.api.repo_exists(hub.repo) else {}
         if args.all:
-            folders = [folder for folder in folders if not is_there(hub, folder, runs_dir, there[MAIN])]
+            folders = [folder for folder in folders if not (there and is_there(hub, folder, runs_dir, there[MAIN]))]
             files = [path for x in folders for path in x.rglob("*") if path.is_file() and path.name != "checkpoint.pt"]
             print(f"{len(folders)} finished runs to push to {hub.repo}, {size(sum(p.stat().st_size for p in files))}")
             if folders and not args.yes and not agreed():
                 raise SystemExit(1)
+        create(hub, private=True)
         for folder in folders:
             name = folder.relative_to(runs_dir).as_posix()
             if not (folder / "result.json").exists() and branch_of(name) in there and not args.force:
                 fail(f"{hub.repo} has a state of {name}, maybe of a job that is making it; --force replaces it")
             push(hub, folder, name)
             print(f"pushed {name}: {hub.api.endpoint}/{hub.repo}", flush=True)
+    except KeyboardInterrupt:
+        fail("interrupted; nothing here has changed, and the same command goes on", code=130)
     except ERRORS as error:
-        rest = shlex.join(["python", "cloud/hub.py", *sys.argv[1:]])
+        rest = shlex.join(["python", *sys.argv])
         fail(f"{hub.repo}: {reason(error)}. Nothing here has changed; push it later: {rest}", code=1)
 
 
@@ -651,6 +678,8 @@ def run_pull(args: Pull) -> None:
             for line in pool.map(one, runs):
                 print(line, flush=True)
                 lines.append(line)
+    except KeyboardInterrupt:
+        fail("interrupted; what was pulled is intact, and the same command goes on", code=130)
     except ERRORS as error:
         fail(f"{hub.repo}: {reason(error)}. What was pulled is intact, and the same command goes on", code=1)
     if wrong := [line for line in lines if line.startswith("wrong")]:
@@ -672,8 +701,8 @@ def run_verify(args: Verify) -> None:
     try:
         links, record = set(LINK.findall(args.page.read_text())), read_record(args.record)
         sums = {row["url"]: row["sums"] for row in record.values()}
-    except (OSError, KeyError, csv.Error) as error:
-        fail(f"{args.page} or {args.record} cannot be read: {error!r}")
+    except (OSError, KeyError, ValueError, csv.Error) as error:
+        fail(f"{args.page} or {args.record} cannot be read: {error}")
     set_up_client()
     urls, wrong = sorted(links | sums.keys()), 0
     with ThreadPoolExecutor(8) as pool:

@@ -20,7 +20,8 @@ push that fails is tried again and costs the run nothing; at the end the job goe
 
 Two jobs of one run at once (a machine that was thought lost, a second start): the one that started last has it. It puts
 a claim on the run's branch; the other finds at its next push that the branch has moved, ends its command and exits
-with 0, so that nobody starts it once more. Both compute the same bits, so it does not matter for the result.
+with 0, so that nobody starts it once more. Both compute the same bits, so it does not matter for the result. (With
+--many the other only stops pushing that run: its command makes others, which may be nobody else's.)
 
 SIGINT and SIGTERM are passed on to the command, whose last checkpoint is then pushed. The exit code is the command's
 (128 + n if signal n ended it); 1 if the Hub could not be reached, 2 for bad input.
@@ -50,6 +51,7 @@ from cloud import hub as hf
 from cloud.hub import CLAIM, ERRORS, Hub, Remote, fail, reason
 
 TICK, TELL = 0.2, 300.0  # seconds between two looks at the run folders; between two lines on how the run gets on
+TOKENS = "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 JOB = {"job": uuid.uuid4().hex, "host": socket.gethostname(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
 
@@ -85,6 +87,7 @@ class Run:
     head: str | None = None  # of the run's branch: the commit of our claim, or of our last push
     pushed: tuple | None = None  # the state that was pushed last
     due: float = 0.0  # when it may be pushed again
+    taken: bool = False  # by another job, while the command goes on with other runs
 
     def state(self) -> tuple | None:
         """What changes when there is something to push."""
@@ -113,12 +116,20 @@ def tell(text: str) -> None:
 # ------------------------------------------------------------------------------------------------------- the claim
 
 
-def is_ours(hub: Hub, name: str) -> bool:
-    """Whether the claim on the run's branch is this job's."""
-    head = hf.heads(hub).get(hf.branch_of(name))
-    if head is None or CLAIM not in hf.tree(hub, name, head):
-        return False
-    return hf.read_json(hub, Remote(name, head, {}), CLAIM).get("job") == JOB["job"]
+def head_if_ours(hub: Hub, name: str) -> str | None:
+    """The head of the run's branch, whose claim is this job's; None if nobody has the run, because the branch was
+    removed. Raises Taken if another job has it, or has finished it."""
+    running, finished = hf.find(hub, name)
+    if running and CLAIM in running.files and hf.read_json(hub, running, CLAIM).get("job") == JOB["job"]:
+        return running.revision
+    if running or finished and finished.finished:
+        raise Taken
+    return None
+
+
+def has_moved(error: HfHubHTTPError) -> bool:
+    """Whether a branch is not any more where we thought it was."""
+    return error.response.status_code == 412 or isinstance(error, RevisionNotFoundError)
 
 
 def claim(hub: Hub, name: str, command: list[str] | None) -> tuple[Remote | None, str | None]:
@@ -148,7 +159,7 @@ def claim(hub: Hub, name: str, command: list[str] | None) -> tuple[Remote | None
             )
             return running if has_state else None, done.oid
         except HfHubHTTPError as error:
-            if error.response.status_code != 412 and not isinstance(error, RevisionNotFoundError):
+            if not has_moved(error):
                 raise
 
 
@@ -157,18 +168,15 @@ def push(hub: Hub, run: Run) -> None:
     state = run.state()
     try:
         if state[0] == "result.json":
-            if run.head and hf.heads(hub).get(hf.branch_of(run.name)) != run.head and not is_ours(hub, run.name):
-                raise Taken
+            if run.head and hf.heads(hub).get(hf.branch_of(run.name)) != run.head:
+                run.head = head_if_ours(hub, run.name)
         elif run.head is None:
             run.head = claim(hub, run.name, None)[1]
         there = hf.push(hub, run.folder, run.name, run.head)
         run.head = there.revision
     except HfHubHTTPError as error:
-        if error.response.status_code != 412 and not isinstance(error, RevisionNotFoundError):
-            raise
-        if not is_ours(hub, run.name):
-            raise Taken
-        run.head = hf.heads(hub)[hf.branch_of(run.name)]  # our own push, whose answer was lost
+        if has_moved(error):  # by another job, or by our own push, whose answer was lost
+            run.head = head_if_ours(hub, run.name)
         raise
     run.pushed = run.state() if there.finished else state  # it may have ended while it was pushed
     tell(f"pushed {run.name}{', finished' if there.finished else ''}")
@@ -183,6 +191,13 @@ def script_of(command: list[str]) -> int:
         if word.endswith(".py"):
             return i
     fail(f"no script in {shlex.join(command)}; --many is for other commands that make runs")
+
+
+def check_flags(command: list[str]) -> None:
+    """No flag that names a run folder: a job's name does."""
+    for word in command[script_of(command) + 1 :]:
+        if (flag := word.partition("=")[0]) in ("--run-dir", "--resume", "--evaluate"):
+            fail(f"{flag} cannot be in a job's command: the job names the run folder, and resumes by itself")
 
 
 def flags_in(words: list[str]) -> list[str]:
@@ -248,7 +263,7 @@ def start(command: list[str]) -> subprocess.Popen:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env={name: value for name, value in os.environ.items() if name != "HF_TOKEN"},  # it has no use for it
+        env={name: value for name, value in os.environ.items() if name not in TOKENS},  # it has no use for them
         start_new_session=True,  # a terminal's Ctrl-C comes through us, and once
         preexec_fn=die_with_the_job,
     )
@@ -285,7 +300,7 @@ class Job:
                 name = path.parent.relative_to(self.args.runs_dir).as_posix()
                 if hf.NAME.fullmatch(name) and not hf.ASIDE.search(name):
                     self.runs.setdefault(name, Run(name, path.parent))
-        return [run for run in self.runs.values() if run.state() not in (None, run.pushed)]
+        return [run for run in self.runs.values() if not run.taken and run.state() not in (None, run.pushed)]
 
     def push_what_is_due(self) -> None:
         for run in self.open():
@@ -293,6 +308,11 @@ class Job:
                 run.due = time.monotonic() + 60 * self.args.push_every
                 try:
                     push(self.hub, run)
+                except Taken:
+                    if not self.args.many:
+                        raise
+                    run.taken = True
+                    tell(f"another job has {run.name} now, and it is not pushed from here any more")
                 except ERRORS as error:
                     run.due = time.monotonic() + 60 * min(self.args.retry, self.args.push_every)
                     tell(f"{run.name} could not be pushed, which is tried again: {reason(error)}")
@@ -337,10 +357,17 @@ class Job:
                 fail(f"not pushed, and only on this machine: {folders}; push it later: {later}", code or 1)
             time.sleep(min(60 * self.args.retry, 60 * patience))
         for run in self.runs.values():
-            if not (run.folder / "args.json").exists() and run.head:  # it never began: a claim is all that is there
+            if not (run.folder / "args.json").exists() and run.head:
                 with suppress(*ERRORS):
-                    self.hub.api.delete_branch(self.hub.repo, branch=hf.branch_of(run.name))
+                    self.withdraw(run)
         return code
+
+    def withdraw(self, run: Run) -> None:
+        """Take back the claim on a run that never began, but not what another job or other flags have left there."""
+        branch = hf.branch_of(run.name)
+        if hf.heads(self.hub).get(branch) == run.head:
+            if "checkpoint.pt" not in hf.tree(self.hub, run.name, run.head):
+                self.hub.api.delete_branch(self.hub.repo, branch=branch)
 
 
 def main() -> None:
@@ -353,8 +380,10 @@ def main() -> None:
     for name in ("push_every", "retry", "patience"):
         if getattr(args, name) < 0:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it takes minutes from 0")
-    if not args.many and not Path(command[script_of(command)]).is_file():
-        fail(f"there is no script {command[script_of(command)]}")
+    if not args.many:
+        check_flags(command)
+        if not Path(command[script_of(command)]).is_file():
+            fail(f"there is no script {command[script_of(command)]}")
     hub, began = hf.open_hub(args.repo), time.monotonic()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -365,9 +394,10 @@ def main() -> None:
                 break
             except ERRORS as error:
                 status = getattr(getattr(error, "response", None), "status_code", None)
-                if status in (401, 403) or time.monotonic() - began > 60 * args.patience:
+                is_lasting = status in (401, 403) or isinstance(error, ValueError)  # a state that is damaged
+                if is_lasting or time.monotonic() - began > 60 * args.patience:
                     fail(f"{hub.repo}: {reason(error)}; nothing was started", code=1)
-                tell(f"{hub.repo} does not answer, which is tried again: {reason(error)}")
+                tell(f"not begun yet, which is tried again: {hub.repo}: {reason(error)}")
                 time.sleep(60 * args.retry)
         if child is None:
             return

@@ -204,8 +204,23 @@ def test_killed_twice_the_result_is_the_same(cloud):
     assert [int(line[2]) for line in cloud.journal("from")] == [0, 10, 15] and len(cloud.journal("end")) == 1
 
 
+def test_the_command_does_not_outlive_a_job_that_is_killed(cloud):
+    """It would go on beside the next start, and write to its folder where the disk is the same."""
+    process = cloud.start("--pace", 100)
+    until(lambda: cloud.journal("from"), process)
+    (pid, *_) = cloud.journal("from")[0]
+    assert lives(pid)
+    kill(process)
+    end = time.monotonic() + 10
+    while lives(pid) and time.monotonic() < end:
+        time.sleep(0.01)
+    alive = lives(pid)
+    if alive:
+        os.kill(int(pid), signal.SIGKILL)
+    assert not alive
+
+
 def test_killed_before_its_first_push_it_begins_anew(cloud):
-    cloud.hub.fail_commits = 0
     process = cloud.start("--pace", 100)
     until(lambda: cloud.journal("from"), process)
     kill(process)
@@ -267,6 +282,8 @@ def test_the_exit_code_is_the_commands(cloud):
     done = cloud.run("--mode", "refuse", name="other")
     assert done.code == 2 and "error: bad input" in done.out
     assert "run-other" not in cloud.hub.branches(DEV)  # no claim is left of what never began
+    done = cloud.run("--mode", "refuse")  # a slip in the flags of a run that has a state
+    assert done.code == 2 and cloud.state()["step"] == 10  # does not take the state away
 
 
 # -------------------------------------------------------------------------------------------------------- two at once
@@ -315,6 +332,31 @@ def test_a_lost_answer_is_not_another_job(cloud):
     done = finish(process)
     assert done.code == 0 and "another job" not in done.out and done.out.count("tried again") == 2, done
     assert "412" in done.out and end_of(cloud.there()) == result(40)
+
+
+def test_a_state_that_is_pushed_by_hand_ends_the_job(cloud):
+    """As `cloud/hub.py push --force` says."""
+    process = cloud.start("--mode", "wait", "--steps", 60)
+    until(lambda: cloud.state()["step"] == 10, process)
+    mine = cloud.machine() / "runs" / "s" / "r"
+    shutil.copytree(cloud.machines[0] / "runs" / "s" / "r", mine)
+    (mine / "checkpoint.pt").write_text('{"step": 1}')
+    words = [sys.executable, ROOT / "cloud" / "hub.py", "push", mine, "--force", "--runs-dir", mine.parents[1]]
+    env = {"HF_ENDPOINT": cloud.hub.url, "HF_TOKEN": "hf_good", "FOLIO_HUB": DEV, "HF_HUB_DISABLE_XET": "1"}
+    subprocess.run(words, env=os.environ | env | {"PYTHONPATH": str(ROOT)}, check=True)
+    (cloud.path / "go").touch()
+    done = finish(process)
+    assert done.code == 0 and "another job has this run now" in done.out and cloud.state()["step"] == 1, done
+
+
+def test_a_branch_that_was_removed_is_made_again(cloud):
+    """Nobody has the run then, and the job goes on with it."""
+    process = cloud.start("--mode", "wait", "--steps", 40)
+    until(lambda: cloud.state()["step"] == 10, process)
+    del cloud.hub.repos[DEV]["branches"]["run-s--r"]
+    (cloud.path / "go").touch()
+    done = finish(process)
+    assert done.code == 0 and "another job" not in done.out and end_of(cloud.there()) == result(40), done
 
 
 # ---------------------------------------------------------------------------------------------- a Hub that is not well
@@ -374,12 +416,24 @@ def test_without_a_hub_nothing_is_started(cloud):
 def test_it_waits_for_a_hub_that_is_away_at_the_start(cloud):
     cloud.hub.stop()
     processes = cloud.start(flags=("--retry", 1)), cloud.start()
-    assert all("does not answer" in process.stdout.readline() for process in processes)
+    assert all("not begun yet" in process.stdout.readline() for process in processes)
     processes[0].send_signal(signal.SIGTERM)
     cloud.hub.start()
     stopped, done = map(finish, processes)
     assert stopped.code == 130 and stopped.err == "error: stopped before it had begun\n"
     assert done.code == 0 and end_of(cloud.there()) == result()
+
+
+def test_a_damaged_state_is_not_waited_for(cloud):
+    process = cloud.start("--mode", "wait")
+    until(lambda: cloud.state()["step"] == 10, process)
+    kill(process)
+    repo = cloud.hub.repos[DEV]
+    files = repo["commits"][repo["branches"]["run-s--r"]]
+    files["s/r/checkpoint.pt"] = files["s/r/episodes.csv"]
+    done = cloud.run("--mode", "wait")
+    assert done.code == 1 and "checkpoint.pt is not what SHA256SUMS says; nothing was started" in done.err, done
+    assert done.err.count("\n") == 1 and len(cloud.journal("from")) == 1
 
 
 # ----------------------------------------------------------------------------------------------------------- many runs
@@ -409,6 +463,21 @@ def test_many_runs_of_one_command_come_and_go_as_well(cloud):
     assert [line[2] for line in cloud.journal("from")] == ["0", "0", "10", "0"]  # the second was resumed
 
 
+def test_many_runs_go_on_when_another_job_takes_one(cloud):
+    words = "bash", "-c", SEVERAL.replace("PYTHON", sys.executable)
+    process = cloud.start(*words, name="s", flags=("--many",))
+    until(lambda: "checkpoint.pt" in cloud.there("run-s--2", "s/2"), process)
+    elsewhere = cloud.path / "elsewhere" / "journal"
+    elsewhere.parent.mkdir()
+    other = cloud.start("--seed", 2, "--mode", "wait", name="s/2", JOURNAL=str(elsewhere))
+    until(lambda: elsewhere.exists() and " from 10" in elsewhere.read_text(), other)
+    (cloud.path / "go").touch()
+    done = finish(process)
+    kill(other)
+    assert done.code == 0 and "another job has s/2 now" in done.out, done
+    assert end_of(cloud.there(name="s/3")) == result(seed=3) and "result.json" not in cloud.there(name="s/2")
+
+
 # ----------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -419,6 +488,8 @@ def test_many_runs_of_one_command_come_and_go_as_well(cloud):
         (["r", "--", "ls"], "no script in ls"),
         (["r", "--", "python", "algos/missing.py"], "algos/missing.py"),
         (["a--b", "--", "python", "x.py"], "cannot be a run's name"),
+        (["r", "--", "python", "x.py", "--run-dir", "runs/x"], "--run-dir cannot be in a job's command"),
+        (["r", "--", "python", "x.py", "--evaluate=runs/x"], "--evaluate cannot be in a job's command"),
         (["r", "--push-every", "-1", "--", "python", "x.py"], "--push-every"),
         (["r", "--repo", "x", "--", "python", "x.py"], "is no repository"),
     ],

@@ -108,9 +108,8 @@ def test_a_run_that_is_not_there_is_named_and_the_others_graduate(house, call):
     call(report, *house.words)
     call(hub, "push", house.runs / "toys" / "CartPole-v1__ppo__1", "--runs-dir", house.runs)
     done = call(graduate, "toys", "--results-dir", house.results)
-    assert (
-        done.code == 1 and "1 graduated" in done.out and "CartPole-v1__ppo__2: me/folio-dev has no finished" in done.err
-    )
+    assert done.code == 1 and "1 graduated" in done.out and done.err.count("\n") == 1, done
+    assert "CartPole-v1__ppo__2: me/folio-dev does not have it finished" in done.err
 
 
 def test_bad_input_and_a_hub_that_is_gone_are_one_line(house, call, monkeypatch):
@@ -118,6 +117,9 @@ def test_bad_input_and_a_hub_that_is_gone_are_one_line(house, call, monkeypatch)
     assert call(graduate, "nothing").code == 2
     make_run(house)
     call(report, *house.words)
+    hub.create(hub.open_hub(DEV), private=True)
+    nothing = call(graduate, "toys", "--results-dir", house.results)  # the development repository has no run
+    assert nothing.code == 1 and nothing.out.endswith("\n0 graduated\n") and not (house.results / "hub.csv").exists()
     call(hub, "push", "--all", "--yes", "--runs-dir", house.runs)
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     house.server.stop()

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -307,9 +308,12 @@ def test_a_full_disk_here_is_one_line(house):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    house.patch.setattr("huggingface_hub.file_download._check_disk_space", full)
-    house.patch.setattr(hf, "download", full)
-    done = house("pull", "r", runs="back")
+    house.patch.setattr("huggingface_hub.file_download.shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+    house.patch.setattr("huggingface_hub.file_download.http_get", full)
+    with warnings.catch_warnings(record=True) as seen:  # the client warns of it, too, once a file
+        warnings.simplefilter("always")
+        done = house("pull", "r", runs="back")
+    assert not [x for x in seen if issubclass(x.category, UserWarning)]
     assert done.code == 1 and "No space left" in done.err and done.err.count("\n") == 1
     assert not (house.path / "back" / "r").exists()
 
@@ -319,9 +323,10 @@ def test_a_full_disk_here_is_one_line(house):
     [
         (["push"], "or --all"),
         (["push", "--all", "runs/r"], "or --all"),
-        (["push", "runs/missing"], "no args.json"),
-        (["push", "elsewhere"], "is not below"),
-        (["push", "runs"], "is not below"),
+        (["push", "runs/missing"], "there is no folder"),
+        (["push", "runs/r/videos"], "no args.json"),
+        (["push", "elsewhere/x"], "elsewhere the run's name is x"),
+        (["push", "runs"], "no args.json"),
         (["push", "runs/a--b"], "cannot be a run's name"),
         (["push", "runs/r", "--repo", "folio"], "is no repository"),
         (["pull"], "name what to pull"),
@@ -329,12 +334,34 @@ def test_a_full_disk_here_is_one_line(house):
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
 def test_bad_input_is_one_line(words, part, house):
-    for name in ("runs/r", "runs/a--b", "elsewhere"):
+    for name in ("runs/r", "runs/a--b", "elsewhere/x"):
         write_run(house.path / name)
     before = content(house.path)
     done = house(*words)
     assert done.code == 2 and done.out == "" and done.err.startswith("error: ") and part in done.err
     assert done.err.count("\n") == 1 and content(house.path) == before and house.hub.asked == []
+
+
+@pytest.mark.parametrize("path, text", [("episodes.csv", "a,b\n1,2\n"), ("args.json", "[]"), ("result.json", "{")])
+def test_a_folder_that_is_no_run_folder_is_one_line(path, text, house):
+    """A script of somebody else may write such a one, and a job that makes it must not die of it."""
+    folder = write_run(house.runs / "r")
+    (folder / path).write_text(text)
+    done = house("push", folder)
+    assert done.code == 1 and done.err.count("\n") == 1 and "Traceback" not in done.err, done
+    assert list(house.runs.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("command", ["push", "pull"])
+def test_an_interruption_is_one_line(command, house):
+    house("push", write_run(house.runs / "r"))
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    house.patch.setattr(hf, "tree" if command == "push" else "find_all", interrupt)
+    done = house(command, house.runs / "r" if command == "push" else "r")
+    assert done.code == 130 and done.err.count("\n") == 1 and "the same command goes on" in done.err
 
 
 def test_without_a_repository_it_says_how_to_name_one(house):
@@ -438,6 +465,18 @@ def test_push_all_asks_and_sends_what_is_missing(house):
     assert names == {"s/A-v1__fake__1", "s/A-v1__fake__2"}
 
 
+def test_push_all_makes_the_repository_only_when_it_may_and_leaves_bad_names_out(house):
+    write_run(house.runs / "good")
+    write_run(house.runs / "not good")
+    asked = house("push", "--all")
+    assert asked.code == 2 and asked.out.startswith("1 finished runs") and house.hub.repos == {}
+    assert asked.err.startswith(f"left out: {house.runs / 'not good'}: cannot be a run's name")
+    done = house("push", "--all", "--yes")
+    assert done.code == 0 and "pushed good" in done.out and "left out" in done.err
+    assert "result.json" in house.there("good")
+    assert house("push", "--all", runs="typo").err == f"error: there is no folder {house.path / 'typo'}\n"
+
+
 # -------------------------------------------------------------------------------------------------------- graduating
 
 
@@ -452,7 +491,7 @@ def test_graduates_are_what_was_asked_for(house):
     records, lines = hf.graduate(house.api(), house.api(PUBLIC), wanted | others, lambda names: f"# {len(names)}\n")
     assert set(records) == set(wanted) and len(lines) == 4
     assert ["clean commit" in lines[0], "clean commit" in lines[1]] == [True, True]
-    assert all("no finished run" in line for line in lines[2:])
+    assert all("does not have it finished" in line for line in lines[2:])
     assert not house.hub.repos[PUBLIC]["private"] and house.hub.files(PUBLIC)["README.md"] == b"# 2\n"
     for name, record in records.items():
         assert {**house.there(name, repo=PUBLIC)} == house.there(name) != {}
@@ -501,6 +540,11 @@ def test_verify_finds_links_that_were_never_recorded_and_other_hashes(house, gra
     house.hub.repos.pop(PUBLIC)
     done = house(*graduated.words, runs=None)
     assert done.code == 1 and done.out.count("cannot be checked") == 2 and "Traceback" not in done.err
+
+
+def test_an_address_that_leads_elsewhere_is_not_followed(house):
+    assert hf.check_link(f"{house.hub.url}/{PUBLIC}/tree/{'0' * 40}/../../x", "") == "is not the address of a run"
+    assert house.hub.asked == []
 
 
 def test_a_page_without_links_is_verified(house, tmp_path):
