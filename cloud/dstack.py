@@ -46,13 +46,14 @@ from huggingface_hub import constants, get_token
 
 from cloud import hub as hf
 from cloud.hub import ERRORS, ROOT, Remote, fail
-from cloud.job import flags_in, is_same, script_of
+from cloud.job import check_flags, flags_in, is_same, script_of
 
 HERE = Path(__file__).resolve().parent
 ENDED = "terminated", "failed", "done"  # dstack's final statuses
 LEFT_OUT = "docs/plots/", "benchmark/results/", "runs/"  # large, and no run reads them; dstack takes 2 MB of code
 INSTALL = "uv tool install 'dstack>=0.22,<0.23'"
 LOOK, WAIT_LINE = 30.0, 600.0  # seconds between two looks at all jobs; between two lines of a job that waits
+SILENCE = 300.0  # seconds after which a dstack server that does not answer is one that cannot be reached
 
 
 class CloudError(OSError):
@@ -76,7 +77,11 @@ def call(*words: str, cwd: Path | None = None, stdin: str | None = None) -> str:
     if token := get_token():
         env["HF_TOKEN"] = token  # a task names it, and dstack reads it here
     feed = {"input": stdin} if stdin is not None else {"stdin": subprocess.DEVNULL}
-    done = subprocess.run([find_cli(), *words], cwd=cwd, env=env, capture_output=True, text=True, check=False, **feed)
+    apart = {"start_new_session": True, "timeout": SILENCE}  # a Ctrl-C that is meant for us must not cut it off
+    try:
+        done = subprocess.run([find_cli(), *words], cwd=cwd, env=env, capture_output=True, text=True, **feed, **apart)
+    except subprocess.TimeoutExpired:
+        raise CloudError(f"dstack {words[0]}: no answer for {SILENCE:g} seconds")
     if done.returncode:
         raise CloudError(f"dstack {words[0]}: {complaint(done.stdout + done.stderr, token)}")
     return done.stdout
@@ -123,9 +128,9 @@ def task_name(name: str) -> str:
 
 def default_name(command: list[str]) -> str:
     """{env}__{script}__{seed}__{time}, as the scripts name their folders."""
-    words = command[script_of(command) :]
+    words = [part for word in command[script_of(command) :] for part in word.split("=", 1)]
     given = dict(zip(words, words[1:]))
-    env = re.sub("[^A-Za-z0-9.]+", "-", given.get("--env-id", "default"))
+    env = re.sub("[^A-Za-z0-9.]+", "-", given.get("--env-id", "default")).strip("-.")
     return f"{env}__{Path(words[0]).stem}__{given.get('--seed', '1')}__{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
 
 
@@ -200,9 +205,8 @@ def plan(folder: Path, task: dict) -> str:
     """What dstack would do: the task's terms, and the machines that fit with their prices."""
     (folder / "task.dstack.yml").write_text(json.dumps(task, indent=2))  # JSON is YAML
     text = call("apply", "-f", "task.dstack.yml", cwd=folder, stdin="n\n")
-    text = "\n".join(
-        line.rstrip() for line in text.splitlines() if not re.search("Exiting|Submit the run", line)
-    ).strip()
+    lines = [line.rstrip() for line in text.splitlines() if not re.search(r"Exiting|\[y/n\]", line)]
+    text = "\n".join(lines).strip()
     if "has no fleets" in text:
         raise CloudError("dstack has no fleet yet: python cloud/dstack.py fleet creates one, which costs nothing")
     if "No matching instance offers" in text:
@@ -215,6 +219,14 @@ def plan(folder: Path, task: dict) -> str:
 def apply(folder: Path, task: dict) -> None:
     (folder / "task.dstack.yml").write_text(json.dumps(task, indent=2))
     call("apply", "-f", "task.dstack.yml", "-y", "-d", cwd=folder)
+
+
+def make_repository(hub: hf.Hub) -> None:
+    """It is there afterwards, and the token may see it: better known here than on a machine that costs."""
+    try:
+        hf.create(hub, private=True)
+    except ERRORS as error:
+        fail(f"{hub.repo}: {hf.reason(error)}")
 
 
 # ---------------------------------------------------------------------------------------------- the runner's backend
@@ -248,11 +260,9 @@ class Dstack:
             fail("no token for the Hub: export HF_TOKEN=hf_..., or hf auth login")
         try:
             active()  # the CLI is there, the server answers, the login is good
-            hf.create(self.hub, private=True)
         except CloudError as error:
             fail(str(error))
-        except ERRORS as error:
-            fail(f"{self.hub.repo}: {hf.reason(error)}")
+        make_repository(self.hub)
         self.aside = tempfile.TemporaryDirectory(prefix="folio-")
         self.here = Path(self.aside.name)
         pack(self.here / "folio.tgz")
@@ -412,7 +422,7 @@ class Submit:
 
 @dataclass
 class List:
-    """jobs, the newest first"""
+    """the newest jobs, a hundred at most"""
 
 
 @dataclass
@@ -448,6 +458,7 @@ def run_submit(args: Submit) -> None:
     if args.many and args.name:
         fail("--many names the runs' folder, so there is no --name")
     if not args.many:
+        check_flags(command)
         script = command[script_of(command)]
         if not (ROOT / script).is_file() or Path(script).is_absolute():
             fail(f"there is no script {script} in {ROOT}; name it as seen from there")
@@ -468,6 +479,7 @@ def run_submit(args: Submit) -> None:
         print(plan(Path(aside), task))
         if args.dry_run:
             return
+        make_repository(hub)
         apply(Path(aside), task)
     print(
         f"submitted {name}, as {task['name']}\n"
@@ -478,11 +490,23 @@ def run_submit(args: Submit) -> None:
 
 
 def run_list() -> None:
-    for run in json.loads(call("ps", "--all", "--json"))["runs"]:
+    runs = json.loads(call("ps", "--all", "--json"))["runs"]
+    if not runs:
+        print("no jobs")
+    for run in runs:
         env = run["run_spec"]["configuration"].get("env") or {}
         name = env.get("FOLIO_RUN") if isinstance(env, dict) else None  # no other variable: the token is one of them
         row = [run["run_spec"]["run_name"], f"${run.get('cost', 0):.2f}", run["submitted_at"][:16], status(run)]
         print("  ".join([f"{row[0]:41}", f"{row[1]:>8}", row[2], row[3], name or ""]).rstrip())
+
+
+def run_fleet(path: Path) -> None:
+    try:
+        if yaml.safe_load(path.read_text())["type"] != "fleet":  # dstack would take a task, too, and begin it
+            raise ValueError("its type is not fleet")
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        fail(f"fleet {path} cannot be used: {' '.join(str(error).split())}")
+    print(call("apply", "-f", path.name, "-y", "-d", cwd=path.resolve().parent).strip())
 
 
 def main() -> None:
@@ -504,11 +528,11 @@ def main() -> None:
             case Stop():
                 print(call("stop", "-y", *(["-x"] if args.abort else []), task_name(args.name)), end="")
             case Fleet():
-                if not args.file.is_file():
-                    fail(f"there is no {args.file}")
-                print(call("apply", "-f", args.file.name, "-y", "-d", cwd=args.file.resolve().parent).strip())
+                run_fleet(args.file)
     except CloudError as error:
         fail(str(error))
+    except KeyboardInterrupt:
+        fail("interrupted; `list` shows what has been submitted", code=130)
 
 
 if __name__ == "__main__":

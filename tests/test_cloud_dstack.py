@@ -127,6 +127,7 @@ def test_a_run_is_named_as_the_scripts_name_their_folders():
     name = dstack.default_name(["python", "algos/ppo_atari.py", "--env-id", "ALE/Pong-v5", "--seed", "3"])
     assert name.startswith("ALE-Pong-v5__ppo_atari__3__20")
     assert dstack.default_name(["python", "algos/ppo.py"]).startswith("default__ppo__1__20")
+    assert dstack.default_name(["python", "x.py", "--env-id=-a:B-v0", "--seed=7"]).startswith("a-B-v0__x__7__20")
 
 
 @pytest.mark.parametrize(
@@ -188,7 +189,11 @@ def test_what_the_docs_say_of_the_templates_is_so():
         (["--", "python", "algos/ppo.py"], {"HF_TOKEN": ""}, "no token"),
         (["--", "python", "algos/ppo.py"], {"FOLIO_DSTACK": "/missing"}, "uv tool install"),
         (["list"], {"FOLIO_DSTACK": "/missing"}, "uv tool install"),
-        (["fleet", "--file", "missing.yml"], {}, "there is no missing.yml"),
+        (["--", "python", "algos/ppo.py", "--run-dir", "runs/x"], {}, "--run-dir cannot be in a job's command"),
+        (["--", "python", "algos/ppo.py", "--resume=runs/x"], {}, "--resume cannot be in a job's command"),
+        (["fleet", "--file", "missing.yml"], {}, "missing.yml"),
+        (["fleet", "--file", str(ROOT / "cloud" / "cpu.dstack.yml")], {}, "type is not fleet"),
+        (["fleet", "--file", str(ROOT / "README.md")], {}, "cannot be used"),
     ],
 )
 def test_bad_input_is_one_line(words, env, part, monkeypatch, capsys, tmp_path):
@@ -200,6 +205,29 @@ def test_bad_input_is_one_line(words, env, part, monkeypatch, capsys, tmp_path):
         dstack.main()
     out, err = capsys.readouterr()
     assert end.value.code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and part in err, err
+
+
+def test_what_may_not_see_the_repository_is_not_submitted(rented):
+    """Better known before a machine is rented."""
+    command = "--", "python", "algos/ppo.py"
+    refused = run("--name", "r", *command, env=rented.env | {"HF_TOKEN": "hf_bad"})
+    assert refused.code == 2 and "token" in refused.err and refused.err.count("\n") == 1 and rented.machines() == []
+
+
+@pytest.mark.parametrize("how", ["silent", "interrupted"])
+def test_a_dstack_that_hangs_is_one_line(how, tmp_path):
+    (tmp_path / "dstack").write_text("#!/bin/sh\ntouch $0.began\nexec sleep 600\n")
+    (tmp_path / "dstack").chmod(0o755)
+    code = f"from cloud import dstack; dstack.SILENCE = {1 if how == 'silent' else 600}; dstack.main()"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "FOLIO_DSTACK": str(tmp_path / "dstack")}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", code, "list"], env=env, **pipes)
+    until((tmp_path / "dstack.began").exists, "the CLI")
+    if how == "interrupted":
+        process.send_signal(signal.SIGINT)
+    done = finish(process)
+    assert done.code == (130 if how == "interrupted" else 2) and done.err.count("\n") == 1, done
+    assert ("interrupted" if how == "interrupted" else "no answer for 1 seconds") in done.err
 
 
 # --------------------------------------------------------------------------------------- a suite, on stand-in machines
@@ -314,13 +342,14 @@ def test_a_failure_and_a_stop_in_the_cloud_look_as_they_do_at_home(rented):
 
 
 def test_what_was_begun_at_home_goes_on_in_the_cloud(rented):
+    text = SUITE.replace("steps = 3_000", "steps = 40_000").replace("every = 500", "every = 4_000")
+    (rented.path / "s.toml").write_text(text)  # so that much is left when the first checkpoint is there
     process = rented.start("--seeds", "1")
     checkpoint = rented.path / "runs" / "s" / "CartPole-v1__ppo__1" / "checkpoint.pt"
     until(checkpoint.exists, "a checkpoint")
     process.kill()
     process.communicate()
-    if (checkpoint.parent / "result.json").exists():
-        pytest.skip("it ended before it could be killed")
+    assert not (checkpoint.parent / "result.json").exists(), "it ended before it could be killed"
     assert finish(rented.start("--seeds", "1", "--backend", "dstack")).code == 0
     (machine,) = rented.machines()
     assert "pulled s/CartPole-v1__ppo__1" in (machine / "log").read_text()
