@@ -91,6 +91,31 @@ def fleet(server):
     return server.env
 
 
+BY_HAND, BY_RUNNER = "test/A-v1__ppo__1", "s/CartPole-v1__ppo__1"
+SUBMIT = "submit", "--name", BY_HAND, "--", "python", "algos/ppo.py"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def waiting(fleet, tmp_path_factory):
+    """Two jobs that no machine takes, one submitted by hand and one by the runner. They come before all tests, because
+    half a minute goes by until dstack tries again."""
+    path, hub = tmp_path_factory.mktemp("runner"), LoopbackHub()
+    env = fleet | {"PYTHONPATH": str(ROOT), "HF_TOKEN": TOKEN, "FOLIO_HUB": DEV, "HF_ENDPOINT": hub.url}
+    env |= {"HF_HUB_DISABLE_XET": "1"}
+    assert run("list", env=fleet).out == "no jobs\n"
+    submitted = run(*SUBMIT, env=env)
+    (path / "s.toml").write_text(SUITE.replace("seeds = 2", "seeds = 1"))
+    code = "from cloud import dstack; dstack.LOOK = 8.0; from benchmark import run; run.main()"
+    command = [sys.executable, "-c", code, "s.toml", "--runs-dir", "runs", "--backend", "dstack"]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    runner = subprocess.Popen(command, cwd=path, env=os.environ | env, **pipes)
+    log = path / "runs" / f"{BY_RUNNER}.log"
+    yield SimpleNamespace(submitted=submitted, env=env, runner=runner, log=log)
+    runner.kill()
+    runner.communicate()
+    hub.stop()
+
+
 @pytest.mark.parametrize(
     "template, asked, machine",
     [
@@ -141,18 +166,20 @@ def test_what_dstack_refuses_is_one_line(words, env, part, fleet, tmp_path):
     assert done.out == "" and "Traceback" not in done.err
 
 
-def test_submitted_listed_not_twice_retried_and_stopped(fleet):
-    words = "submit", "--name", "test/A-v1__ppo__1", "--", "python", "algos/ppo.py"
-    assert run("list", env=fleet).out == ""  # no dry run has submitted anything
-    task = dstack.task_name("test/A-v1__ppo__1")
-    done = run(*words, env=fleet)
-    assert done.code == 0 and f"as {task}" in done.out and "cloud/hub.py pull test/A-v1__ppo__1" in done.out, done
+def test_submitted_listed_not_twice_retried_and_stopped(fleet, waiting):
+    task, done = dstack.task_name(BY_HAND), waiting.submitted
+    assert done.code == 0 and f"as {task}" in done.out and f"cloud/hub.py pull {BY_HAND}" in done.out, done
+    until(lambda: "submitted as" in waiting.log.read_text(), "the runner's job")
     listed = run("list", env=fleet)
-    assert task in listed.out and "test/A-v1__ppo__1" in listed.out, listed
-    again = run(*words, env=fleet)
+    assert {(line.split()[0], line.split()[-1]) for line in listed.out.splitlines()} == {
+        (dstack.task_name(name), name) for name in (BY_HAND, BY_RUNNER)
+    }  # and no dry run has submitted anything
+    again = run(*SUBMIT, env=waiting.env)
     assert again.code == 0 and "is active already" in again.out and run("list", env=fleet).out.count(task) == 1
+    dry = run("submit", "--dry-run", *SUBMIT[1:], "--seed", 2, env=waiting.env)
+    assert dry.code == 0 and "already exists" in dry.out and "[y/n]" not in dry.out and TOKEN not in dry.out, dry
     # The one machine refuses to start it, which is lost capacity: it is tried again, not given up.
-    until(lambda: "retrying" in run("list", env=fleet).out, "a retry", pause=3)
+    until(lambda: re.search(f"{task}.*retrying", run("list", env=fleet).out), "a retry", pause=3)
     shown = json.loads(
         subprocess.run(
             [fleet["FOLIO_DSTACK"], "run", "get", task, "--json"],
@@ -163,10 +190,10 @@ def test_submitted_listed_not_twice_retried_and_stopped(fleet):
     )
     assert shown["run_spec"]["configuration"]["retry"]["on_events"] == ["no-capacity", "interruption"]
     assert shown["run_spec"]["file_archives"] and shown["status"] in ("pending", "submitted")
-    assert run("logs", "test/A-v1__ppo__1", env=fleet).code == 0
-    stopped = run("stop", "test/A-v1__ppo__1", env=fleet)
+    assert run("logs", BY_HAND, env=fleet).code == 0
+    stopped = run("stop", BY_HAND, env=fleet)
     assert stopped.code == 0 and "Stopped" in stopped.out, stopped
-    until(lambda: "terminated" in run("list", env=fleet).out, "the stop", pause=3)
+    until(lambda: re.search(f"{task}.*terminated", run("list", env=fleet).out), "the stop", pause=3)
     gone = run("stop", "test/none", env=fleet)
     assert gone.code == 2 and "not found" in gone.err and gone.err.count("\n") == 1
 
@@ -188,20 +215,11 @@ def test_a_server_that_is_gone_is_one_line(server, tmp_path):
     assert done.code == 2 and done.err.count("\n") == 1 and "token" in done.err, done
 
 
-def test_the_runner_submits_waits_and_stops_on_the_real_server(fleet, tmp_path):
+def test_the_runner_submits_waits_and_stops_on_the_real_server(fleet, waiting):
     """Capacity never comes, which is no reason to fail; Ctrl-C gives back what was asked for."""
-    hub = LoopbackHub()
-    (tmp_path / "s.toml").write_text(SUITE.replace("seeds = 2", "seeds = 1"))
-    env = os.environ | fleet | {"PYTHONPATH": str(ROOT), "HF_TOKEN": TOKEN, "FOLIO_HUB": DEV, "HF_ENDPOINT": hub.url}
-    code = "from cloud import dstack; dstack.LOOK = 4.0; from benchmark import run; run.main()"
-    command = [sys.executable, "-c", code, "s.toml", "--runs-dir", "runs", "--backend", "dstack"]
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, cwd=tmp_path, env=env | {"HF_HUB_DISABLE_XET": "1"}, **pipes)
-    log = tmp_path / "runs" / "s" / "CartPole-v1__ppo__1.log"
-    until(lambda: log.exists() and "retrying" in log.read_text(), "a retry")
-    process.send_signal(signal.SIGINT)
-    done = finish(process)
-    hub.stop()
+    until(lambda: "retrying" in waiting.log.read_text(), "a retry")
+    waiting.runner.send_signal(signal.SIGINT)
+    done = finish(waiting.runner)
     assert done.code == 130 and "cpu1" in done.out and "$0" in done.out and "failed" not in done.out + done.err, done
-    line = f"{dstack.task_name('s/CartPole-v1__ppo__1')} "
-    until(lambda: re.search(f"{line}.*terminat", run("list", env=fleet).out), "the stop", pause=3)
+    task = dstack.task_name(BY_RUNNER)
+    until(lambda: re.search(f"{task}.*terminat", run("list", env=fleet).out), "the stop", pause=3)
