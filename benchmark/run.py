@@ -121,6 +121,12 @@ class Backend(Protocol):
     def stop(self, handle: Any, force: bool) -> None:
         """Ask it to end, as Ctrl-C does; with `force` end it at once. Does not wait."""
 
+    def leave(self, handle: Any) -> None:
+        """Let go of a job whose run another runner has taken over."""
+
+    def forget(self, folder: Path) -> None:
+        """Nobody goes on with this run: remove the state that it could be resumed from."""
+
 
 class Local:
     """Processes on this machine. They end with the runner, whatever ends it."""
@@ -156,14 +162,35 @@ class Local:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(handle.pid, signal.SIGKILL if force else signal.SIGINT)
 
+    def leave(self, handle: subprocess.Popen) -> None:
+        self.stop(handle, force=True)  # the other has a process of its own
 
-def backend_of(args: Args) -> Backend:
-    """What --backend names."""
+    def forget(self, folder: Path) -> None:
+        (folder / "checkpoint.pt").unlink(missing_ok=True)  # a replay can be large
+
+
+def check(args: Args) -> None:
+    """The flags that say how runs are made, and how many at a time."""
+    for name in ("jobs", "threads", "runs_per_gpu"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            fail(f"--{name.replace('_', '-')} is {value}; it is at least 1")
+    if not args.hang_after > 0:
+        fail(f"--hang-after is {args.hang_after}; it takes minutes above 0")
+    if args.backend == "dstack":
+        args.jobs = args.jobs or 10
+        for name in ("gpus", "runs_per_gpu"):
+            if getattr(args, name) != getattr(Args, name):
+                flag = f"--{name.replace('_', '-')}"
+                fail(f"{flag} is about this machine; with --backend dstack the template says what a machine has")
+
+
+def backend_of(args: Args, folders: list[Path]) -> Backend:
+    """What --backend names; the run folders are those that it may be asked to make."""
     if args.backend == "local":
         return Local()
     from cloud.dstack import Dstack  # and with it the Hub's client, only where it is needed
 
-    return Dstack(args.runs_dir, args.template)
+    return Dstack(args.runs_dir, args.template, args.scripts, folders)
 
 
 # ----------------------------------------------------------------------------------------------------------- jobs
@@ -573,21 +600,13 @@ def dry_run(jobs: list[Job], slots: list[str | None], args: Args) -> None:
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
-    for name in ("jobs", "threads", "runs_per_gpu"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            fail(f"--{name.replace('_', '-')} is {value}; it is at least 1")
-    if args.hang_after <= 0:
-        fail(f"--hang-after is {args.hang_after}; it takes minutes above 0")
+    check(args)
     if not args.suites:
         fail("name at least one suite; --help lists what there is to say")
     try:
         jobs = make_jobs(args)
     except SuiteError as error:
         fail(str(error))
-    if args.backend == "dstack":
-        args.jobs = args.jobs or 10
-        if args.gpus:
-            fail("--gpus are those of this machine; with --backend dstack the template says what a machine has")
     slots = slots_of(args)
     for job in jobs:
         job.look(args.scripts)
@@ -600,7 +619,7 @@ def main() -> None:
                     os.close(lock)
         return dry_run(jobs, slots, args)
 
-    runner = Runner(jobs, slots, args, backend_of(args))
+    runner = Runner(jobs, slots, args, backend_of(args, [job.folder for job in jobs]))
     try:
         runner.work()
     except OSError as error:

@@ -20,7 +20,7 @@ of your own; `auto` takes gpu for scripts named *_atari or with --device cuda, e
 What is submitted a second time while it is active is not started again. What is lost with its machine is started again
 by dstack (retry in the template) and goes on from the Hub. The result is on the Hub: `python cloud/hub.py pull NAME`.
 
-`Dstack` is the backend of `benchmark/run.py --backend dstack`, with its submit, poll and stop.
+`Dstack` is the backend of benchmark/run.py and tuner/run.py with --backend dstack.
 """
 
 import hashlib
@@ -238,6 +238,7 @@ class Handle:
 
     name: str
     task: str  # its name in dstack
+    command: list[str]  # as at home
     folder: Path
     log: Path
     code: int | None = None
@@ -248,14 +249,21 @@ class Handle:
 
 
 class Dstack:
-    """Runs as dstack tasks, one task each: the same submit, poll and stop as the runner's processes.
+    """Runs as dstack tasks, one task each: the runner's `Backend`.
 
     They outlive the runner if it is killed; the next one finds them. What they do comes from the Hub: the episodes so
     far whenever a job has pushed, everything at the end.
     """
 
-    def __init__(self, runs_dir: Path, template: str = "auto", repo: str | None = None):
-        self.runs_dir, self.template, self.hub = runs_dir.resolve(), template, hf.open_hub(repo)
+    def __init__(self, runs_dir: Path, template: str, scripts: Path, folders: list[Path]):
+        self.runs_dir, self.template = runs_dir.resolve(), template
+        if not scripts.resolve().is_relative_to(ROOT):
+            fail(f"the scripts in {scripts} are not below {ROOT}, and a job in the cloud has nothing else")
+        if template != "auto":
+            template_for(template, [])
+        for folder in folders:
+            hf.check_name(self.name_of(folder))
+        self.hub = hf.open_hub(None)
         if not get_token():
             fail("no token for the Hub: export HF_TOKEN=hf_..., or hf auth login")
         try:
@@ -270,11 +278,15 @@ class Dstack:
         self.planned: set[Path] = set()
         self.looked = 0.0
 
+    def name_of(self, folder: Path) -> str:
+        """A run's name: the path of its folder below runs/."""
+        return folder.resolve().relative_to(self.runs_dir).as_posix()
+
     def submit(self, command: list[str], env: dict[str, str], resources) -> Handle:
         """A run, unless a job is making it already or the Hub has its result."""
         command, folder = self.translate(command)
-        handle = Handle(folder.relative_to(self.runs_dir).as_posix(), "", folder, resources.log)
-        handle.task = task_name(hf.check_name(handle.name))
+        name, at_home = self.name_of(folder), [command[0], str(ROOT / command[1]), *command[2:]]
+        handle = Handle(name, task_name(name), at_home, folder, resources.log)
         path = template_for(self.template, command)
         changes = {"cpu": f"{resources.threads}.."} if resources.threads > 2 else {}
         task = make_task(path, handle.name, command, self.hub.repo, changes, env, many=False)
@@ -284,8 +296,11 @@ class Dstack:
         try:
             run = run_of(handle.task)
             if run and run["status"] not in ENDED:
+                if run["run_spec"]["configuration"]["commands"][-1] != task["commands"][-1]:
+                    stop = f"python cloud/dstack.py stop {handle.task}"
+                    raise CloudError(f"{handle.task} is active already, by another command; to end it: {stop}")
                 self.note(handle, f"{handle.task} is active already: {status(run)}")
-            elif not self.is_made(handle, command):
+            elif not self.is_made(handle):
                 apply(self.here, task)
                 self.note(handle, f"submitted as {handle.task}")
             self.handles.append(handle)
@@ -300,17 +315,20 @@ class Dstack:
         given = dict(zip(words, words[1:]))
         folder = Path(given.get("--resume") or given["--run-dir"]).resolve()
         if "--resume" in given:  # the job finds out by itself whether there is something to resume
-            words = shlex.split(json.loads((folder / "args.json").read_text())["command"])[1:]
-        for path, root, what in ((script, ROOT, "the script"), (folder, self.runs_dir, "the run folder")):
-            if not path.is_relative_to(root):
-                raise CloudError(f"{what} {path} is not below {root}, and a job in the cloud has nothing else")
+            try:
+                words = shlex.split(json.loads((folder / "args.json").read_text())["command"])[1:]
+            except (OSError, ValueError, KeyError, TypeError):
+                raise CloudError(f"{folder / 'args.json'} does not tell the command to go on with in the cloud")
         return ["python", script.relative_to(ROOT).as_posix(), *flags_in(words)], folder
 
-    def is_made(self, handle: Handle, command: list[str]) -> bool:
+    def is_of(self, handle: Handle, run: Remote) -> bool:
+        """Whether what the Hub has was made by the handle's command, not by an earlier one for a run of this name."""
+        return "args.json" in run.files and is_same(hf.read_json(self.hub, run, "args.json"), handle.command)
+
+    def is_made(self, handle: Handle) -> bool:
         """Whether the Hub has the result, which is then pulled. If it has nothing, it gets what was begun here."""
         running, finished = hf.find(self.hub, handle.name)
-        at_home = [command[0], str(ROOT / command[1]), *command[2:]]
-        if finished and finished.finished and is_same(hf.read_json(self.hub, finished, "args.json"), at_home):
+        if finished and finished.finished and self.is_of(handle, finished):
             self.note(handle, f"{self.hub.repo} has its result")
             handle.code = self.pull(handle, finished)
         elif not running and not finished and (handle.folder / "checkpoint.pt").exists():
@@ -347,7 +365,9 @@ class Dstack:
             self.note(handle, now)  # of a job that waits for a machine also when nothing changes: it does not hang
         head = heads.get(hf.branch_of(handle.name))
         if head and head != handle.head and not (handle.folder / "checkpoint.pt").exists():
-            hf.glance(self.hub, Remote(handle.name, head, hf.tree(self.hub, handle.name, head)), handle.folder)
+            there = Remote(handle.name, head, hf.tree(self.hub, handle.name, head))
+            if self.is_of(handle, there):
+                hf.glance(self.hub, there, handle.folder)
             handle.head = head
         if run is None or run["status"] in ENDED:
             handle.code = self.end(handle, run)
@@ -371,6 +391,8 @@ class Dstack:
 
     def stop(self, handle: Handle, force: bool) -> None:
         """Its machine is given back when it has pushed its last checkpoint, which is not waited for."""
+        if handle.code is not None:  # it has ended, or is another runner's
+            return
         try:
             call("stop", "-y", *(["-x"] if force else []), handle.task)
             handle.code = 130
@@ -379,6 +401,14 @@ class Dstack:
             if force:
                 print(f"{handle.name} may go on in the cloud: dstack stop {handle.task} ({error})", file=sys.stderr)
                 handle.code = 130
+
+    def leave(self, handle: Handle) -> None:
+        handle.code = 130  # the other follows the same job
+
+    def forget(self, folder: Path) -> None:
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
+        with suppress(*ERRORS):  # mostly that there is none
+            self.hub.api.delete_branch(self.hub.repo, branch=hf.branch_of(self.name_of(folder)))
 
     def note(self, handle: Handle, text: str) -> None:
         handle.said, handle.said_at = text, time.monotonic()

@@ -24,7 +24,8 @@ def record(machine: Path) -> dict:
     stopped = (machine / "stopped").exists()
     status = "running" if not code else "terminated" if stopped else "done" if code == "0" else "failed"
     submission = {"exit_status": int(code) if code else None}
-    spec = {"run_name": machine.stem, "configuration": {"env": {}}}
+    commands = json.loads((machine / "task").read_text())["commands"]
+    spec = {"run_name": machine.stem, "configuration": {"env": {}, "commands": commands}}
     return {
         "status": status,
         "run_spec": spec,
@@ -42,6 +43,7 @@ def apply(words: list[str]) -> None:
     number = 1 + max((int(path.suffix[1:]) for path in HOME.glob(f"{task['name']}.*")), default=0)
     machine = HOME / f"{task['name']}.{number}"
     machine.mkdir(parents=True)
+    (machine / "task").write_text(json.dumps(task))
     for file in task["files"]:
         with tarfile.open(file.split(":")[0]) as tar:
             tar.extractall(machine / "folio", filter="data")

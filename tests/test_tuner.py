@@ -35,7 +35,7 @@ SHIPPED = sorted(path.stem for path in spaces.SPACES.glob("*.toml"))
 LEARNER = """
 from __future__ import annotations
 
-import hashlib, json, math, os, signal, sys, time
+import hashlib, json, math, os, shlex, signal, sys, time
 from pathlib import Path
 
 
@@ -55,6 +55,7 @@ class Args:
     limit: float | None = None
     pace: float = 0.0
     mode: str = "ok"
+    go: str = ""
     extra: int = 0
 
 
@@ -82,7 +83,9 @@ if "resume" in given:
 else:
     folder.mkdir(parents=True, exist_ok=True)
     assert not any(folder.iterdir()), "not empty"
-    write("args.json", {"args": given, "words": sys.argv[1:], "script": "learner.py"})
+    digest = hashlib.sha256(Path(sys.argv[0]).read_bytes()).hexdigest()
+    about = {"words": sys.argv[1:], "script": "learner.py", "command": shlex.join(sys.argv), "sha256": digest}
+    write("args.json", {"args": given} | about)
     journal("begin")
 args = json.loads((folder / "args.json").read_text())["args"]
 step = 0
@@ -109,7 +112,7 @@ try:
             print("first words\\nerror: no such thing", flush=True)
             sys.exit(2)
         time.sleep(float(args.get("pace", 0)) * (4 if mode == "slow" and rate < 2e-4 else 1))
-        while mode == "wait" and step == 20 and not (folder.parent.parent / "go").exists():
+        while mode == "wait" and step == 20 and not Path(args.get("go") or folder.parent.parent / "go").exists():
             time.sleep(0.01)
         step += 1
         rows.write(f"{step},{step / 100},{quality * step},1\\n")

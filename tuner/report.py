@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from benchmark import run, stats
 from benchmark.collect import write_csv
-from benchmark.run import Local, Runner, fail, short, slots_of
+from benchmark.run import Runner, backend_of, fail, short, slots_of
 from benchmark.run import shown as path_shown
 from benchmark.suites import code_hash
 from tuner import spaces
@@ -235,7 +235,7 @@ def validate(study: optuna.Study, space: Space, folder: Path, seeds: range, numb
     ]
     for job in jobs:
         job.look(args.scripts)
-    runner = Runner(jobs, slots_of(args), args, Local())
+    runner = Runner(jobs, slots_of(args), args, backend_of(args, [job.folder for job in jobs]))
     try:
         runner.work()
     except OSError as error:

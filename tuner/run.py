@@ -9,6 +9,7 @@
 
     python tuner/run.py search ppo --env-id my_package:My-v0 --total-timesteps 300000       # an environment of your own
     python tuner/run.py search ppo --storage postgresql://user@host/db      # started on as many machines as there are
+    python tuner/run.py search ppo_atari --backend dstack --jobs 20         # each run on a rented machine, 20 at a time
 
 Only the validation is a result: the best of many search scores is partly luck. Search spaces are described in
 spaces.py, the study's folder in study.py, how workers share a study in search.py; docs/tuning.md tells the method.
@@ -29,13 +30,14 @@ import tyro
 from tyro.conf import Positional
 
 from benchmark import run
-from benchmark.run import fail, shown, slots_of
+from benchmark.run import backend_of, check, fail, shown
 from benchmark.suites import SCRIPTS, SuiteError
 from tuner import report, spaces
-from tuner.search import Worker
+from tuner.search import Worker, run_folder
 from tuner.study import load_study, locked, open_storage, open_study
 
-STUDIES = SCRIPTS.parent / "runs" / "tuner"
+RUNS = SCRIPTS.parent / "runs"
+STUDIES = RUNS / "tuner"
 
 
 @dataclass
@@ -54,7 +56,7 @@ class Machine:
     """How runs are made."""
 
     jobs: int | None = None
-    """runs side by side; by default as many as cores / threads, or as fit on the GPUs"""
+    """runs side by side; by default as many as cores / threads, or as fit on the GPUs; 10 in the cloud"""
     threads: int = 1
     """CPU threads of each run"""
     gpus: tuple[str, ...] = ()
@@ -65,6 +67,10 @@ class Machine:
     """--device of every run"""
     hang_after: float = 30.0
     """minutes without a sign in log and run folder after which a run is killed and counts as failed"""
+    backend: Literal["local", "dstack"] = "local"
+    """where the runs are made: on this machine, or on rented ones"""
+    template: str = "auto"
+    """what a rented machine is like: cpu, gpu, or a file as in cloud/; auto: by the script"""
 
 
 @dataclass
@@ -135,14 +141,14 @@ def study_folder(name: str, place: Place) -> Path:
     return Path(name) if (Path(name) / "space.toml").exists() else place.studies / name
 
 
-def runner_args(space: spaces.Space, machine: Machine) -> run.Args:
-    """What the benchmark's runner wants to know."""
-    for name in ("jobs", "threads", "runs_per_gpu"):
-        if (value := getattr(machine, name)) is not None and value < 1:
-            fail(f"--{name.replace('_', '-')} is {value}; it is at least 1")
-    if not machine.hang_after > 0:
-        fail(f"--hang-after is {machine.hang_after}; it takes minutes above 0")
-    return run.Args(suites=(), scripts=space.script.parent, **vars(machine))
+def runner_args(space: spaces.Space, folder: Path, machine: Machine) -> run.Args:
+    """What the benchmark's runner wants to know. Runs get their names on the Hub from their place below runs/, or of a
+    study that lies elsewhere from that below its --studies' parent."""
+    folder = folder.resolve()
+    runs_dir = RUNS if folder.is_relative_to(RUNS) else folder.parent.parent
+    args = run.Args(suites=(), scripts=space.script.parent, runs_dir=runs_dir, **vars(machine))
+    check(args)
+    return args
 
 
 def line_up(study: optuna.Study, space: spaces.Space, folder: Path) -> None:
@@ -161,7 +167,9 @@ def search(args: Search) -> None:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it is above 0")
     changes = {"env": args.env_id, "steps": args.total_timesteps, "trials": args.trials, "seeds": args.seeds}
     space = spaces.load(args.space, **changes, pruner=args.pruner, name=args.name)
-    runner, folder = runner_args(space, args.machine), args.place.studies / space.name
+    folder = args.place.studies / space.name
+    runner = runner_args(space, folder, args.machine)
+    backend = backend_of(runner, [run_folder(folder, space.trials - 1, seed) for seed in space.seeds])
     dimensions = len(space.dimensions)
     if space.trials < 3 * dimensions:
         few = f"{space.trials} trials are few for {dimensions} flags; {3 * dimensions} to {4 * dimensions} are sensible"
@@ -170,7 +178,7 @@ def search(args: Search) -> None:
         storage = open_storage(args.place.storage, folder, create=True)
         study = open_study(space, storage)
         line_up(study, space, folder)
-        worker = Worker(study, storage, space, folder, slots_of(runner), runner, args.orphaned_after, args.minutes)
+        worker = Worker(study, storage, space, folder, runner, backend, args.orphaned_after, args.minutes)
         worker.work()
     except (OSError, optuna.exceptions.StorageInternalError) as error:
         fail(f"{error}; what was made is intact, and the same command goes on", code=1)
@@ -203,7 +211,7 @@ def validate(args: Validate) -> None:
     folder = study_folder(args.study, args.place)
     study, space = load_study(folder, args.place.storage)
     seeds = range(args.first_seed, args.first_seed + args.seeds)
-    report.validate(study, space, folder, seeds, args.trial, runner_args(space, args.machine))
+    report.validate(study, space, folder, seeds, args.trial, runner_args(space, folder, args.machine))
 
 
 def show(args: Show) -> None:

@@ -32,7 +32,7 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.table import Table
 
 from benchmark import run
-from benchmark.run import Display, Job, Local, Runner, clock, short, take_lock
+from benchmark.run import Backend, Display, Job, Runner, clock, short, slots_of, take_lock
 from benchmark.stats import trailing_means
 from tuner.spaces import Space
 from tuner.study import ENDED, best, best_first, shown
@@ -65,6 +65,10 @@ def read_episodes(path: Path) -> np.ndarray:
         return np.array([(float(row[step]), float(row[value])) for row in rows]).reshape(-1, 2).T
     except (OSError, ValueError, IndexError):
         return np.zeros((2, 0))
+
+
+def run_folder(study: Path, number: int, seed: int) -> Path:
+    return study / "trials" / str(number) / f"seed-{seed}"
 
 
 class Run(Job):
@@ -116,15 +120,16 @@ class Worker(Runner):
         storage: BaseStorage,
         space: Space,
         folder: Path,
-        slots: list,
         args: run.Args,
+        backend: Backend,
         patience: float,  # seconds without a beat after which a trial of another machine is taken over
         minutes: float,  # to work
     ):
         # With pruning the runs of a trial go side by side, because a milestone counts when all of them are there.
         self.together = len(space.seeds) if space.pruner != "none" else 1
-        slots = slots + [slots[i % len(slots)] for i in range(self.together - len(slots))]
-        super().__init__([], slots, args, Local())
+        slots = slots_of(args)
+        slots += [slots[i % len(slots)] for i in range(self.together - len(slots))]
+        super().__init__([], slots, args, backend)
         self.study, self.storage, self.space, self.folder, self.pruner = study, storage, space, folder, pruner(space)
         self.trials, self.patience, self.until = space.trials, patience, time.monotonic() + 60 * minutes
         self.here = machine(folder)
@@ -223,17 +228,18 @@ class Worker(Runner):
         trial = optuna.Trial(study, frozen._trial_id)
         known = space.first_params() if number == 0 else {x.param: None for x in space.dimensions}
         params = {x.param: x.suggest(trial) for x in space.dimensions if x.param in known}
-        flags, base = space.flags(number, params), self.folder / "trials" / str(number)
+        flags = space.flags(number, params)
         if "flags" not in frozen.user_attrs:
             trial.set_user_attr("flags", {key: "None" if x is None else x for key, x in flags.items()})
-        jobs = [Run(f"trial {number}", space.entry(flags), seed, base / f"seed-{seed}") for seed in space.seeds]
+        entry, folders = space.entry(flags), [run_folder(self.folder, number, seed) for seed in space.seeds]
+        jobs = [Run(f"trial {number}", entry, seed, folder) for seed, folder in zip(space.seeds, folders)]
         for job in jobs:
             job.look(self.args.scripts)
         reported = set(frozen.intermediate_values)
         self.own[number] = Trying(trial, jobs, lock, 0, time.monotonic(), reported)
         self.jobs += jobs
         self.over = False
-        words = " ".join(space.entry(flags).words) or "the script's defaults"
+        words = " ".join(entry.words) or "the script's defaults"
         how = "resumes" if any(job.folder.exists() for job in jobs) else "begins"
         self.display.tell(f"{how:9} trial {number}  {words}")
 
@@ -265,6 +271,7 @@ class Worker(Runner):
             aside = next(path for i in range(1, 10**6) if not (path := failed.beside(f".old-{i}")).exists())
             self.display.tell(f"anew      {failed.name}: it could not be resumed; what was there is now {aside.name}")
             failed.folder.rename(aside)
+            self.backend.forget(failed.folder)
             failed.state, failed.tried = "waiting", False
             return
         trying.read()
@@ -316,6 +323,7 @@ class Worker(Runner):
 
     def finish(self, trying: Trying, state: TrialState, value=None, values=(), note: str = "") -> None:
         """Tell the study how a trial ended, and let go of it."""
+        self.stop(trying)  # first: a job that outlives its worker would else be nobody's, should we be killed here
         for job in trying.jobs:
             if job.state != "done":
                 job.follow()
@@ -336,17 +344,23 @@ class Worker(Runner):
         self.display.tell(text, is_news=state == TrialState.FAIL)
         self.drop(trying)
         if state != TrialState.FAIL:
-            for job in trying.jobs:  # nothing can go on with it, and a replay can be large
-                (job.folder / "checkpoint.pt").unlink(missing_ok=True)
+            for job in trying.jobs:
+                self.backend.forget(job.folder)
         self.asked, self.over = -math.inf, False  # look at once whether there is more to do
 
+    def stop(self, trying: Trying) -> None:
+        """End what still runs of a trial."""
+        for job in trying.jobs:
+            if job.handle:
+                self.backend.stop(job.handle, force=True)
+
     def drop(self, trying: Trying, why: str = "") -> None:
-        """End what still runs of a trial and let go of it."""
+        """Let go of a trial; `why`, if another worker has it."""
         if why:
             self.display.tell(f"dropped   trial {trying.number}  {why}", is_news=True)
         for job in trying.jobs:
             if job.handle:
-                self.backend.stop(job.handle, force=True)
+                self.backend.leave(job.handle)
         del self.own[trying.number]
         (self.folder / "trials" / f"{trying.number}.lock").unlink(missing_ok=True)
         os.close(trying.lock)
