@@ -188,7 +188,9 @@ def test_submitted_listed_not_twice_retried_and_stopped(fleet, waiting):
             text=True,
         ).stdout
     )
-    assert shown["run_spec"]["configuration"]["retry"]["on_events"] == ["no-capacity", "interruption"]
+    asked = shown["run_spec"]["configuration"]
+    assert asked["retry"]["on_events"] == ["no-capacity", "interruption"]
+    assert asked["commands"][-1] == "exec python cloud/job.py test/A-v1__ppo__1 -- python algos/ppo.py"
     assert shown["run_spec"]["file_archives"] and shown["status"] in ("pending", "submitted")
     assert run("logs", BY_HAND, env=fleet).code == 0
     stopped = run("stop", BY_HAND, env=fleet)
