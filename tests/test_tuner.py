@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -26,7 +27,7 @@ from optuna.trial import TrialState
 import tuner.run
 from benchmark import run, stats
 from benchmark.suites import SuiteError, as_field, flags_of
-from tuner import spaces, study
+from tuner import report, spaces, study
 from tuner.search import Run
 
 TIMEOUT = 120  # seconds for any one process: a hang, whatever else the machine is doing
@@ -308,6 +309,8 @@ MISTAKES = {
     "no trials": ({"trials": 0}, "trials is 0"),
     "half a step": ({"steps": 0.5}, "steps is 0.5"),
     "a name with a slash": ({"name": "a/b"}, "name is a/b"),
+    "the folder above": ({"name": ".."}, "name is .."),
+    "a name like a flag": ({"name": "-x"}, "name is -x"),
     "no such pruner": ({"pruner": "hyperband"}, "pruner is hyperband"),
     "no such direction": ({"direction": "up"}, "direction is up"),
     "late grace": ({"pruner": "asha", "grace": 60}, "grace is 60"),
@@ -433,6 +436,21 @@ def test_a_finished_search_is_left_alone_and_can_be_made_longer(house):
     assert house.run("search", "studies/s").code == 0 and len(house.journal("end")) == 5
 
 
+def test_a_study_goes_on_where_it_lies(house):
+    house.space(trials=1)
+    assert house.search().code == 0
+    (house.path / "studies").rename(house.path / "moved")
+    assert house.run("search", "moved/s", "--trials", 2).code == 0
+    assert len(list((house.path / "moved" / "s" / "trials").glob("*/seed-101"))) == 2
+    assert not (house.path / "studies").exists()
+
+
+def test_a_folder_that_has_the_name_of_a_space_is_not_in_its_way(house, monkeypatch):
+    monkeypatch.chdir(house.path)
+    (house.path / "ppo").mkdir()
+    assert spaces.load("ppo").script.name == "ppo.py"
+
+
 def test_trials_are_lined_up_by_one_worker_at_a_time(house):
     house.space(trials=2)
     house.trials.parent.mkdir(parents=True)
@@ -543,7 +561,10 @@ def test_a_script_of_somebody_else_is_tuned(house, call):
     assert aside and "--resume" not in command  # it could not go on with a run that was cut off
     assert call(house, "narrow", "s").code == 0
     done = house.run("validate", "s", "--seeds", 4)
-    assert done.code == 0 and "**better**" in done.out, done.err
+    assert done.code == 0 and "**better**" in done.out and done.err == "", done.err
+    assert "Made on a machine that args.json does not name. The entry" in done.out
+    house.space({"alpha_0": {"low": 0.0, "high": 1.0}}, script="foreign.py", fixed={"beta": {"a": 1}})
+    assert "flag beta is {'a': 1}; it takes a number" in call(house, "search", "s.toml", "--name", "t").err
 
 
 # -------------------------------------------------------------------------------------------------- pruning and failing
@@ -797,6 +818,14 @@ def test_show_tells_what_mattered(found, call):
     assert all(f">{name} (" in figures["slices.svg"] for name in ("rate", "size", "on", "gamma"))
 
 
+@pytest.mark.parametrize(
+    "scores, digits",
+    [([475.0, 21.0], 1), ([9.31, -3], 2), ([-0.36, -0.0223], 3), ([0.004], 5), ([], 1), ([0.0, math.inf], 1)],
+)
+def test_small_scores_are_shown_with_what_sets_them_apart(scores, digits):
+    assert report.decimals(scores) == digits
+
+
 def test_narrow_keeps_what_mattered_around_the_best(found, call):
     done = call(found, "narrow", "s")
     assert done.code == 0, done.err
@@ -810,11 +839,13 @@ def test_narrow_keeps_what_mattered_around_the_best(found, call):
     assert len(kept) < 4 and set(kept) | set(space.settled) == {"rate", "size", "on", "gamma"}
     assert space.pruner == "none" and space.seeds == (201, 202, 203) and space.trials == 4 * len(kept)
     assert space.start["rate"] == float(f"{best.params['rate']:.4g}") and space.name == "s__narrow"
+    assert "search studies/s/narrow.toml --studies studies\n" in done.out
     assert "# importance " in text and "does not matter" in text and "it was 0.0001 to 0.1" in text
     again = call(found, "narrow", "s")
     assert again.code == 2 and "is there already" in again.err and path.read_text() == text
     assert found.run("search", path, "--jobs", 4).code == 0
-    assert found.run("validate", "s__narrow", "--seeds", 1, "--jobs", 2).code == 0
+    done = found.run("validate", "s__narrow", "--seeds", 1, "--jobs", 2)
+    assert done.code == 0 and done.err == "warning: with 1 seeds each no difference is ever found; it takes 4\n"
     folder = found.path / "studies" / "s__narrow" / "validation"
     flags = [set(given(path)) & {"rate", "size", "on", "gamma"} for path in sorted(folder.glob("*/seed-1001"))]
     assert flags == [set(), {"rate", "size", "on", "gamma"}]  # what was settled is not the defaults'
@@ -925,6 +956,17 @@ def postgres(tmp_path_factory):
         if (base / "data" / "postmaster.pid").exists():
             stop()
         shutil.rmtree(base)
+
+
+def test_a_database_that_does_not_answer_is_one_line(house, call, monkeypatch):
+    pytest.importorskip("psycopg", reason="psycopg is not installed: pip install -e '.[postgres]'")
+    monkeypatch.setattr(study, "PATIENCE", 2)
+    house.space()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"postgresql://folio@127.0.0.1:{silent.getsockname()[1]}/db"
+        done = call(house, "search", "s.toml", "--storage", url)
+    assert done.code == 2 and done.err.startswith("error: --storage cannot be opened: ") and done.err.count("\n") == 1
+    assert "timeout" in done.err
 
 
 def test_two_killed_workers_with_postgresql(house, postgres):

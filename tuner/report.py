@@ -34,6 +34,20 @@ def aligned(rows: list[list[str]]) -> str:
     return "\n".join("  ".join(x.rjust(width) for x, width in zip(row, widths)).rstrip() for row in rows)
 
 
+def decimals(values) -> int:
+    """How many to show of scores like these, so that what sets them apart is seen: one of 93.1, three of 0.931."""
+    largest = max((abs(x) for x in values if x and math.isfinite(x)), default=10.0)
+    return max(1, 2 - math.floor(math.log10(largest)))
+
+
+def again(verb: str, path: Path, url: str | None, studies: Path | None = None) -> str:
+    """A command of the tuner on this study, as one would type it here."""
+    words = [*PYTHON.split(), path_shown(Path(__file__).with_name("run.py")), verb, path_shown(path)]
+    words += ["--studies", path_shown(studies)] if studies else []
+    words += ["--storage", url] if url and url != os.environ.get("OPTUNA_STORAGE") else []
+    return shlex.join(words)
+
+
 def flag_name(flag: str) -> str:
     return flag.replace("_", "-")
 
@@ -76,6 +90,7 @@ def show(study: optuna.Study, space: Space, folder: Path, url: str | None, figur
     ranking, leader = best_first(study), best(study)
     shares = importances(study, space)
     by_weight = sorted(space.dimensions, key=lambda x: -shares.get(x.flag, 0.0))
+    digits = decimals(x.value for x in ranking)
     if ranking:
         rows = [["trial", "state", "value", *(flag_name(x.flag) for x in by_weight)]]
         listed = ranking[:TOP] + [x for x in ranking[TOP:] if x.number == 0]
@@ -85,7 +100,7 @@ def show(study: optuna.Study, space: Space, folder: Path, url: str | None, figur
                 [
                     str(x.number),
                     x.state.name.lower(),
-                    f"{x.value:.1f}",
+                    f"{x.value:.{digits}f}",
                     *(shown(settings.get(d.flag, ...)) for d in by_weight),
                 ]
             )
@@ -110,8 +125,8 @@ def show(study: optuna.Study, space: Space, folder: Path, url: str | None, figur
     if leader is None:
         print("no trial has been completed yet")
     else:
-        print(f"\nbest: trial {leader.number}, {leader.value:.1f}. A search score is partly luck; the proof of it:")
-        print(f"    {PYTHON} {path_shown(Path(__file__).with_name('run.py'))} validate {path_shown(folder)}")
+        best_is = f"best: trial {leader.number}, {leader.value:.{digits}f}"
+        print(f"\n{best_is}. A search score is partly luck; the proof of it:\n    {again('validate', folder, url)}")
         print(f"as it was run:\n    {command(space, leader, space.seeds[0])}")
 
 
@@ -176,7 +191,8 @@ def narrow(study: optuna.Study, space: Space, seeds: int, out: Path) -> str:
         settled=space.settled | settled,
         start={x.flag: settings[x.flag] for x in dimensions},
     )
-    head = f"Narrowed from {space.name}: {len(ranking)} trials, the best {leader.value:.1f} (trial {leader.number}).\n"
+    best_is = f"the best {leader.value:.{decimals([leader.value])}f} (trial {leader.number})"
+    head = f"Narrowed from {space.name}: {len(ranking)} trials, {best_is}.\n"
     head += "To be read and edited before it runs. The first trial is the best one of that search."
     return spaces.write(new, out, notes, head)
 
@@ -312,9 +328,12 @@ def write_validation(space: Space, folder: Path, leader: FrozenTrial, arms: dict
 def markdown(space: Space, found: dict, rows: list[list]) -> str:
     """The report of a validation, for docs/."""
     (_, defaults), (name, winner) = found["settings"].items()
-    seeds = defaults["seeds"]
+    seeds, digits = defaults["seeds"], decimals([*defaults["scores"], *winner["scores"]])
 
-    def cell(numbers, digits: int = 1) -> str:
+    def score(x: float, sign: str = "") -> str:
+        return f"{x:{sign}.{digits}f}"
+
+    def cell(numbers, digits: int = digits) -> str:
         return "[" + ", ".join(f"{x:.{digits}f}" for x in numbers) + "]"
 
     def line(label: str, name: str) -> str:
@@ -322,8 +341,8 @@ def markdown(space: Space, found: dict, rows: list[list]) -> str:
         scores = arm["scores"]
         minutes = np.median([float(row[4] or 0) for row in rows if row[0] == name]) / 60
         return (
-            f"| {label} | {len(scores)} | **{arm['mean']:.1f}** {cell(arm['interval'])} | {np.median(scores):.1f} "
-            f"| {min(scores):.1f} … {max(scores):.1f} | {minutes:.1f} |"
+            f"| {label} | {len(scores)} | **{score(arm['mean'])}** {cell(arm['interval'])} "
+            f"| {score(np.median(scores))} | {score(min(scores))} … {score(max(scores))} | {minutes:.1f} |"
         )
 
     new = {key: x for key, x in winner["flags"].items() if space.defaults.get(key, ...) != x}
@@ -338,13 +357,14 @@ def markdown(space: Space, found: dict, rows: list[list]) -> str:
     ]
     fixed = " ".join(space.entry(space.fixed).words)
     machine = found["machine"]
-    made = f"{machine['cpu'] or 'unknown CPU'}, commit `{str(machine['commit'])[:7]}`"
-    made += "" if machine["clean"] else " with uncommitted changes"
+    made = f"{machine['cpu'] or 'a machine that args.json does not name'}"
+    if machine["commit"]:
+        made += f", commit `{machine['commit'][:7]}`{'' if machine['clean'] else ' with uncommitted changes'}"
     return "\n".join(
         [
             f"# {space.script.stem} on {space.env}, tuned",
             "",
-            f"Trial {found['trial']} of the search `{space.name}` (value there {found['search_value']:.1f}, on seed "
+            f"Trial {found['trial']} of the search `{space.name}` (value there {score(found['search_value'])}, on seed "
             f"{', '.join(map(str, found['search_seeds']))}) against the script's defaults, {space.steps:,} steps each, "
             f"on seeds {seeds[0]} to {seeds[-1]}, which the search has not seen."
             + (f" Both have `{fixed}`." if fixed else ""),
@@ -354,8 +374,8 @@ def markdown(space: Space, found: dict, rows: list[list]) -> str:
             line(f"trial {found['trial']}", name),
             line("defaults", "defaults"),
             "",
-            f"Difference {found['difference']:+.1f} {cell(found['difference_interval'])}; probability that a run with "
-            f"the trial's setting scores above one with the defaults {found['probability_of_improvement']:.2f} "
+            f"Difference {score(found['difference'], '+')} {cell(found['difference_interval'])}; probability that a run "
+            f"with the trial's setting scores above one with the defaults {found['probability_of_improvement']:.2f} "
             f"{cell(found['probability_interval'], 2)}; rank test p = {found['p']:.3f}: **{found['verdict']}**.",
             "",
             "| flag | default | tuned |",

@@ -167,7 +167,8 @@ def search(args: Search) -> None:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it is above 0")
     changes = {"env": args.env_id, "steps": args.total_timesteps, "trials": args.trials, "seeds": args.seeds}
     space = spaces.load(args.space, **changes, pruner=args.pruner, name=args.name)
-    folder = args.place.studies / space.name
+    is_study = (Path(args.space) / "space.toml").exists()  # which goes on where it lies
+    folder = (Path(args.space).resolve().parent if is_study else args.place.studies) / space.name
     runner = runner_args(space, folder, args.machine)
     backend = backend_of(runner, [run_folder(folder, space.trials - 1, seed) for seed in space.seeds])
     dimensions = len(space.dimensions)
@@ -202,7 +203,8 @@ def narrow(args: Narrow) -> None:
     path.write_text(report.narrow(study, space, args.seeds, path.parent))
     print(path.read_text())
     print(f"written: {shown(path)}. Read it, edit it, and run it:")
-    print(f"    {report.PYTHON} {shown(Path(__file__))} search {shown(path)}")
+    studies = folder.resolve().parent
+    print(f"    {report.again('search', path, args.place.storage, studies if studies != STUDIES else None)}")
 
 
 def validate(args: Validate) -> None:
@@ -211,6 +213,8 @@ def validate(args: Validate) -> None:
     folder = study_folder(args.study, args.place)
     study, space = load_study(folder, args.place.storage)
     seeds = range(args.first_seed, args.first_seed + args.seeds)
+    if args.seeds < 4:
+        print(f"warning: with {args.seeds} seeds each no difference is ever found; it takes 4", file=sys.stderr)
     report.validate(study, space, folder, seeds, args.trial, runner_args(space, folder, args.machine))
 
 

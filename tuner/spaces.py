@@ -309,7 +309,7 @@ def check_keys(content: dict, where: str) -> None:
 def load(name_or_path: str | Path, **changes) -> Space:
     """A space by its name in tuner/spaces/, by the path of a TOML file or of a study's folder; with keys changed."""
     path, there = Path(name_or_path), sorted(file.stem for file in SPACES.glob("*.toml"))
-    if path.is_dir():
+    if (path / "space.toml").exists():
         path = path / "space.toml"
     if path.suffix != ".toml":
         path = SPACES / f"{name_or_path}.toml"
@@ -330,13 +330,17 @@ def read_space(content: dict, path: Path) -> Space:
     script = find_script(content["script"], path.parent, where)
     known, steps = flags_of(script.read_text()), content["steps"]
     name = content.get("name", Entry(path.stem, content["env"], 0, 0, 0, "", {}).name)
-    if not re.fullmatch(r"[\w.-]+", name):
-        raise SuiteError(f"{where}: name is {name}; it becomes a folder's, of letters, digits, dots, - and _")
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        rule = "of letters, digits, dots, - and _, not beginning with a dot or -"
+        raise SuiteError(f"{where}: name is {name}; it becomes a folder's, {rule}")
     tables = {name: content.get(name, {}) for name in ("fixed", "settled", "start")}
     if known:
         tables = {name: read_flags(x, script.name, known, f"{where}, [{name}]") for name, x in tables.items()}
     elif theirs := [key for x in (*tables.values(), content["space"]) for key in x if key.replace("-", "_") in OWN]:
         raise SuiteError(f"{where}: flag {theirs[0]} is the tuner's to set")
+    for flag, value in ((flag, value) for table in tables.values() for flag, value in table.items()):
+        if not isinstance(value, bool | int | float | str | None):
+            raise SuiteError(f"{where}: flag {flag} is {value}; it takes a number, a word, true or false")
     ranges = content["space"].items()
     dimensions = tuple(read_dimension(key, x, script.name, known, f"{where}, [space]") for key, x in ranges)
     if not dimensions:

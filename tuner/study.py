@@ -31,6 +31,7 @@ from tuner.spaces import Space, load
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 OURS = "folio"  # key of what we record with a study
+PATIENCE = 20  # seconds that a database has to answer
 ENDED = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL
 
 
@@ -77,9 +78,12 @@ def open_storage(url: str | None, folder: Path, create: bool = False) -> BaseSto
         SQLAlchemyError,
     )  # 0.3 s that the journal can do without
 
+    engine = {"pool_pre_ping": True}
+    if url.startswith("postgresql"):
+        engine["connect_args"] = {"connect_timeout": PATIENCE}
     for attempt in range(10):
         try:
-            return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+            return RDBStorage(url, engine_kwargs=engine)
         except ImportError as error:
             fail(f"--storage needs a package that is missing: {error}. For PostgreSQL: pip install -e '.[postgres]'")
         except (
