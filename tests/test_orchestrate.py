@@ -1,4 +1,4 @@
-"""A machine that only orchestrates has neither PyTorch nor simulators, and can submit, pull, report and plot."""
+"""A machine that only orchestrates has neither PyTorch nor simulators, and can submit, pull, report, plot and tune."""
 
 import os
 import shutil
@@ -9,9 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, TIMEOUT
+from conftest import ROOT, TIMEOUT, finish
 from loopback import LoopbackHub
 from test_report import SUITE, make_run
+from test_tuner_cloud import Cloud
 
 from benchmark import suites
 
@@ -89,3 +90,14 @@ def test_without_torch_it_submits_pulls_and_reports(bare, tmp_path):
     assert "to make" in call("benchmark/run.py", "smoke", "--dry-run", "--runs-dir", tmp_path / "runs")
     assert "narrow" in call("tuner/run.py", "--help")
     hub.stop()
+
+
+def test_without_torch_it_tunes_elsewhere(bare, tmp_path):
+    house = Cloud(tmp_path)
+    house.python = bare
+    house.space(trials=9)
+    for words, backend in ((("search", "s.toml"), "dstack"), (("show", "s"), None), (("narrow", "s"), None)):
+        done = finish(house.start(*words, backend=backend))
+        assert done.code == 0, done.err
+    assert len(house.machines()) == 9 and (house.trials.parent / "narrow.toml").exists()
+    house.hub.stop()

@@ -22,6 +22,8 @@ TOKEN, DEV = "hf_good", "me/folio-dev"
 class Cloud(House):
     """A repository with the tuner and a script of one's own, a Hub, and machines that are folders."""
 
+    python = sys.executable  # of the worker; the machines have ours
+
     def __init__(self, path: Path):
         (path / "repo").mkdir()
         super().__init__(path / "repo")
@@ -40,11 +42,11 @@ class Cloud(House):
         self.env |= {"HF_ENDPOINT": self.hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(path / "hf")}
         self.env |= {"FOLIO_DSTACK": str(cli), "LOOPBACK_DSTACK": str(self.rented)}
 
-    def start(self, *words, backend: str = "dstack") -> subprocess.Popen:
+    def start(self, *words, backend: str | None = "dstack") -> subprocess.Popen:
         code = "from cloud import dstack; dstack.LOOK = 0.3; from tuner import run; run.main()"
-        words = [*words, "--studies", "studies", "--backend", backend]
+        words = [*words, "--studies", "studies", *(["--backend", backend] if backend else [])]
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        command = [sys.executable, "-c", code, *map(str, words)]
+        command = [self.python, "-c", code, *map(str, words)]
         return subprocess.Popen(command, cwd=self.path, env=self.env, **pipes)
 
     def machines(self) -> list[Path]:

@@ -374,9 +374,10 @@ def markdown(space: Space, found: dict, rows: list[list]) -> str:
             line(f"trial {found['trial']}", name),
             line("defaults", "defaults"),
             "",
-            f"Difference {score(found['difference'], '+')} {cell(found['difference_interval'])}; probability that a run "
-            f"with the trial's setting scores above one with the defaults {found['probability_of_improvement']:.2f} "
-            f"{cell(found['probability_interval'], 2)}; rank test p = {found['p']:.3f}: **{found['verdict']}**.",
+            f"Difference {score(found['difference'], '+')} {cell(found['difference_interval'])}; probability that a "
+            "run with the trial's setting scores above one with the defaults "
+            f"{found['probability_of_improvement']:.2f} {cell(found['probability_interval'], 2)}; "
+            f"rank test p = {found['p']:.3f}: **{found['verdict']}**.",
             "",
             "| flag | default | tuned |",
             "|---|---|---|",

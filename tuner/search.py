@@ -8,7 +8,8 @@ worker takes them. A worker owns what it takes:
     seen from another one   by a beat in the trial's attributes; after --orphaned-after seconds without one, it is over
 
 A trial without an owner is taken up by the next worker: with --resume from the run folder's last checkpoint if the
-folder is there and the script can do it, else from the beginning. Training processes die with their worker.
+folder is there and the script can do it, else from the beginning. Training processes die with their worker. Jobs in the
+cloud (--backend dstack) do not: whoever takes up their trial finds them at work, or what they have pushed.
 """
 
 import json
