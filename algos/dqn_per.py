@@ -392,7 +392,7 @@ METRICS = "losses/td_loss", "losses/q_values"
 def double_dqn_loss(
     agent: Agent, target: Agent, obs, actions, returns, discounts, next_obs, terminations, weights
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Double DQN eq. 4, with the target network as the second one, on B windows: the mean of weight * Huber loss of
+    """Double DQN eq. 4, with the target network as the second one, on B windows: the mean of weight * (the square of)
 
         return + discount (1 - terminated) Q_target(s', argmax_a' Q(s', a')) - Q(s, a).
 
@@ -403,7 +403,7 @@ def double_dqn_loss(
         next_values = target(next_obs).gather(-1, next_actions).squeeze(-1)
         td_target = returns + discounts * ~terminations * next_values
     q = agent(obs).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
-    loss = (weights * nn.functional.smooth_l1_loss(q, td_target, reduction="none")).mean()
+    loss = (weights * (td_target - q).square()).mean()
     return loss, torch.stack([loss.detach(), q.detach().mean()]), (td_target - q.detach()).abs()
 
 
