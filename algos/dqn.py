@@ -110,7 +110,7 @@ class Args:
     """steps before the first update; until then actions are random"""
     train_frequency: int = 8
     """environment steps between two rounds of updates"""
-    gradient_steps: int = 4
+    gradient_steps: int = 2
     """updates per round: gradient_steps / train_frequency of them per environment step"""
     batch_size: int = 128
     """transitions per update (B)"""
@@ -120,7 +120,7 @@ class Args:
     """let the learning rate fall linearly towards 0"""
     gamma: float = 0.99
     """discount factor"""
-    target_network_frequency: int = 500
+    target_network_frequency: int = 250
     """environment steps between two updates of the target network"""
     tau: float = 1.0
     """share of the online network in an update of the target network; 1 copies it"""

@@ -109,7 +109,7 @@ class Args:
     """steps before the first update; until then actions are random"""
     train_frequency: int = 8
     """environment steps between two rounds of updates"""
-    gradient_steps: int = 4
+    gradient_steps: int = 2
     """updates per round: gradient_steps / train_frequency of them per environment step"""
     batch_size: int = 128
     """transitions per update (B)"""
