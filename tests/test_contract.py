@@ -207,7 +207,7 @@ def test_result_json_has_these_numbers(script, finished):
     assert result["eval_episodes"] == flags["eval_episodes"]
     rollout = flags.get("num_envs", 1) * flags.get("num_steps", 1)
     assert flags["total_timesteps"] <= result["steps"] < flags["total_timesteps"] + rollout
-    assert math.isclose(result["sps"], result["steps"] / result["seconds"], rel_tol=0.02)
+    assert math.isclose(result["steps"] / result["sps"], result["seconds"], abs_tol=0.01)  # of which two digits are kept
     assert 50 < result["peak_memory_mb"] < 100_000
 
 
