@@ -14,19 +14,23 @@ and one gradient step is made on all of them, along A3C's
 
 What differs from the paper: the environments take their steps together instead of each in a thread of its own, so
 every gradient is of the weights that acted (A2C); advantages are weighted by lambda, and --gae-lambda 1 is the paper's
-n-step return; policy and value have separate networks; the optimiser is Adam and not RMSprop, because it corrects its
-averages for their start from zero and so needs no warm-up; an episode that is cut by a time limit is bootstrapped from
-its real last observation.
+n-step return; policy and value have separate networks; the optimiser is Adam without momentum, which is the paper's
+RMSProp but that it corrects its average for its start from zero and so needs no warm-up; an episode that is cut by a
+time limit is bootstrapped from its real last observation.
 
 What to notice, coming from `ppo.py`: the rollouts are short and each is used once. So the policy that is improved is
 the one that acted, and its probability ratio, clipping, minibatches and epochs have nothing to do: the loss is the
-policy gradient itself. Long rollouts waste steps here, because each gives one gradient.
+policy gradient itself. Each rollout gives one gradient, so long ones have to be worth it by a larger learning rate.
 
-What goes wrong by these defaults: on CartPole-v1 four of ten runs lost what they had learned. Normalised advantages,
-and a gradient whose norm is clipped, keep the steps as long as ever when the critic is right and what is left of the
-advantages is noise; with `--no-norm-adv` the steps shrink with the advantages. On Acrobot-v1 the policy can be sure of
-itself before it has swung up once, and then never does; an entropy bonus prevents that. The flags that were measured
-are in docs/BENCHMARKS.md.
+Why Adam's usual betas, 0.9 and 0.999, are not used: in a run of some two thousand gradients, an average over the last
+thousand of their squares is always out of date, and momentum goes on in directions in which a policy of some steps ago
+wanted to go. With them, at these defaults, CartPole-v1 was learned and lost again (six seeds: 500, 492, 439, 143, 140,
+134), and on Acrobot-v1 the policy was sure of itself before it had swung up once, and then never did. With 0 and 0.99,
+CartPole-v1 held 500 in nine seeds of ten (494 in the other). On LunarLander-v3 both parts count: three seeds had 167,
+188 and 189 with (0, 0.99), -127, -2 and 42 with (0.9, 0.99).
+
+Why LunarLander-v3 is learned here, where A2C is known to hover (its flags are in docs/BENCHMARKS.md): long rollouts and
+a high learning rate. Of a return that is told by how the landing ends, five steps know only what the critic says.
 
 What it does not do: images, continuous actions (`a2c_gae_continuous.py`), memory, action masks. Read next:
 `reinforce.py`, which waits for the end of the episode instead of asking a critic. Scores: docs/BENCHMARKS.md.
@@ -650,7 +654,8 @@ def train(args: Args) -> None:
     num_iterations = math.ceil(args.total_timesteps / (T * N))
     envs, next_obs = start_envs(args, reseed(args.seed, TRAIN, 0, num_envs=N))
     agent = Agent(envs, args).to(device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    betas = 0.0, 0.99  # no momentum and a short memory, as the paper's RMSProp
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, betas=betas, eps=1e-5, fused=True)
     run = Run(args)
     global_step = run.restore(agent=agent, optimizer=optimizer)
     restart = global_step > 0

@@ -719,7 +719,8 @@ def train(args: Args) -> None:
     num_iterations = math.ceil(args.total_timesteps / (T * N))
     envs, next_obs = start_envs(args, reseed(args.seed, TRAIN, 0, num_envs=N))
     agent = Agent(envs, args).to(device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    betas = 0.0, 0.99  # no momentum and a short memory, as the paper's RMSProp
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, betas=betas, eps=1e-5, fused=True)
     run = Run(args)
     global_step = run.restore(agent=agent, optimizer=optimizer)
     restart = global_step > 0

@@ -116,10 +116,13 @@ DQN = {"total_timesteps": 60_000, "hidden_size": 256, "batch_size": 64, "buffer_
 DQN |= {"train_frequency": 256, "gradient_steps": 64, "target_network_frequency": 256, "learning_rate": 2.3e-3}
 DQN |= {"exploration_fraction": 0.16, "end_e": 0.02}
 
+A2C = {"num_steps": 16, "learning_rate": 4e-3, "ent_coef": 0.0, "hidden_size": 64}
+A2C |= {"total_timesteps": 200_000, "seed": 2}  # long enough to lose what it learned, as with Adam's usual betas (165)
+
 OWN_REAL_FLAGS = {  # on top, likewise
     "sac_discrete": SAC,
     "sac_continuous": SAC | {"total_timesteps": 30_000},
-    "a2c_gae": {"total_timesteps": 80_000, "num_steps": 16, "learning_rate": 4e-3, "ent_coef": 0.0},
+    "a2c_gae": A2C,
     "reinforce": {"total_timesteps": 80_000, "num_envs": 1, "episodes_per_update": 2, "learning_rate": 5e-3},
     "sarsa": {"total_timesteps": 100_000, "num_steps": 4, "learning_rate": 2e-3},
     "dqn": DQN,
