@@ -1,7 +1,7 @@
 """Deep Q-network (DQN) for vector observations and discrete actions.
 
     python algos/dqn.py                                             # CartPole-v1
-    python algos/dqn.py --env-id LunarLander-v3 --total-timesteps 300000
+    python algos/dqn.py --env-id LunarLander-v3 --total-timesteps 300000 --exploration-fraction 0.5
     python algos/dqn.py --resume runs/CartPole-v1__dqn__1__...      # goes on where a killed run was
     python algos/dqn.py --evaluate runs/CartPole-v1__dqn__1__... --eval-episodes 20 --video
 
