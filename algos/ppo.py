@@ -92,7 +92,7 @@ class Args:
     torch_threads: int = 1
     """CPU threads of PyTorch; 0 for one per core. Part of the result: sums are rounded in another order"""
     compile: bool = False
-    """compile the loss with torch.compile (on a GPU into CUDA graphs)"""
+    """compile the loss and its gradient with torch.compile (on a GPU into CUDA graphs)"""
     checkpoint_every: int = 0
     """steps between checkpoints; 0 for a tenth of the run. Each cuts the running episodes, which then do not count"""
 
@@ -262,26 +262,32 @@ def ppo_loss(agent: Agent, args: Args, obs, actions, logprobs, advantages, retur
     return loss, torch.stack([policy_loss, v_loss, entropy.expand_as(v_loss), logratio]).detach()
 
 
+def ppo_gradient(agent: Agent, args: Args, *minibatch: Tensor) -> Tensor:
+    """The gradient of `ppo_loss`, its norm limited, into the parameters; returns the parts of the loss, (4, B)."""
+    loss, parts = ppo_loss(agent, args, *minibatch)
+    loss.backward()
+    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm, foreach=True)
+    return parts
+
+
 METRICS = "losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/approx_kl", "losses/clipfrac"
 
 
-def update(agent: Agent, optimizer: torch.optim.Optimizer, loss_fn, batch: tuple, args: Args) -> dict[str, float]:
+def update(agent: Agent, optimizer: torch.optim.Optimizer, gradient_fn, batch: tuple, args: Args) -> dict[str, float]:
     """`update_epochs` epochs of minibatch steps over one rollout: each tensor of `batch` has T * N rows.
 
     Returns the METRICS. The approximate KL divergence is mean((ratio - 1) - log ratio): unbiased, never negative, and
     of low variance (http://joschu.net/blog/kl-approx.html).
     """
-    rows, params = len(batch[0]), list(agent.parameters())
+    rows = len(batch[0])
     history = []
     for _ in range(args.update_epochs):
         order = torch.randperm(rows, device=batch[0].device)
         shuffled = [x[order].split(rows // args.num_minibatches) for x in batch]
         epoch = []
         for minibatch in zip(*shuffled, strict=True):
-            loss, parts = loss_fn(agent, args, *minibatch)
             optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(params, args.max_grad_norm, foreach=True)
+            parts = gradient_fn(agent, args, *minibatch)
             optimizer.step()
             epoch.append(parts.clone())  # a CUDA graph writes its next output into the same memory
         policy_loss, v_loss, entropy, logratio = torch.cat(epoch, 1)
@@ -686,9 +692,11 @@ def train(args: Args) -> None:
     run = Run(args)
     global_step = run.restore(agent=agent, optimizer=optimizer)
     restart = global_step > 0
-    loss_fn = ppo_loss
+    gradient_fn = ppo_gradient
     if args.compile:
-        loss_fn = torch.compile(ppo_loss, mode="reduce-overhead" if args.device == "cuda" else "default")
+        torch._dynamo.config.trace_autograd_ops = True  # loss and backward pass in one graph: half the overhead
+        mode = "reduce-overhead" if args.device == "cuda" else "default"
+        gradient_fn = torch.compile(ppo_gradient, mode=mode, fullgraph=True)
 
     num_inputs, num_actions = envs.single_observation_space.shape[0], int(envs.single_action_space.n)
     obs = torch.zeros((T + 1, N, num_inputs), device=device)
@@ -730,7 +738,7 @@ def train(args: Args) -> None:
             logprobs, _ = log_prob_and_entropy(logits, actions)
 
         batch = [x.flatten(0, 1) for x in (obs[:-1], actions, logprobs, advantages, returns, values)]
-        metrics = update(agent, optimizer, loss_fn, batch, args)
+        metrics = update(agent, optimizer, gradient_fn, batch, args)
         metrics |= {"losses/explained_variance": explained_variance(values, returns)}
         run.log(global_step, metrics | {"charts/learning_rate": learning_rate})
         restart = run.save_is_due()

@@ -92,7 +92,7 @@ class Args:
     torch_threads: int = 1
     """CPU threads of PyTorch; 0 for one per core. Part of the result: sums are rounded in another order"""
     compile: bool = False
-    """compile the loss with torch.compile (on a GPU into CUDA graphs)"""
+    """compile the losses and their gradients with torch.compile (on a GPU into CUDA graphs)"""
     checkpoint_every: int = 0
     """steps between checkpoints; 0 for a tenth of the run. Each cuts the running episodes, which then do not count"""
 
@@ -340,6 +340,14 @@ def actor_loss(agent: Agent, args: Args, noise, obs):
     entropy = -logprobs.detach().mean()
     alpha_loss = agent.log_alpha * (entropy + actions.shape[-1])
     return pi_loss + alpha_loss, torch.stack([pi_loss.detach(), entropy, alpha.detach()])
+
+
+def gradient(loss_fn, args: Args, *inputs) -> Tensor:
+    """The gradient of `loss_fn(*inputs)` into the parameters that it reaches; returns the metrics of the loss."""
+    with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+        loss, metrics = loss_fn(*inputs)
+    loss.backward()
+    return metrics
 
 
 # -------------------------------------------------------------------------------------------------------- the run
@@ -740,10 +748,11 @@ def train(args: Args) -> None:
     run = Run(args)
     global_step = run.restore(**parts)
     restart = global_step > 0
-    critic_loss_fn, actor_loss_fn = critic_loss, actor_loss
+    gradient_fn = gradient
     if args.compile:
+        torch._dynamo.config.trace_autograd_ops = True  # loss and backward pass in one graph: less overhead
         mode = "reduce-overhead" if device == "cuda" else "default"
-        critic_loss_fn, actor_loss_fn = (torch.compile(fn, mode=mode) for fn in (critic_loss, actor_loss))
+        gradient_fn = torch.compile(gradient, mode=mode, fullgraph=True)
     history = []
 
     while global_step < args.total_timesteps:
@@ -781,16 +790,12 @@ def train(args: Args) -> None:
             for _ in range(rounds * args.gradient_steps):
                 batch = replay.batch(replay.sample(args.batch_size), device)
                 noise = torch.randn(2, args.batch_size, num_actions, device=device)
-                with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
-                    loss, critic_metrics = critic_loss_fn(agent, target, args, noise[0], *batch)
                 q_optimizer.zero_grad()
-                loss.backward()
+                critic_metrics = gradient_fn(critic_loss, args, agent, target, args, noise[0], *batch)
                 q_optimizer.step()
                 critic_metrics = critic_metrics.clone()  # a CUDA graph writes its next output into the same memory
-                with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
-                    loss, actor_metrics = actor_loss_fn(agent, args, noise[1], batch[0])
                 actor_optimizer.zero_grad()
-                loss.backward()
+                actor_metrics = gradient_fn(actor_loss, args, agent, args, noise[1], batch[0])
                 actor_optimizer.step()
                 update_target(target, agent.critics, args.tau)
                 history.append(torch.cat([critic_metrics, actor_metrics]))

@@ -199,7 +199,7 @@ def test_loss_is_the_sum_of_its_parts(script, norm_adv, clip_vloss, rng):
     torch.testing.assert_close(loss, pg_loss - 0.03 * entropy + 0.7 * v_loss)
     args.update_epochs = args.num_minibatches = 1
     batch = (obs, actions, logprobs, advantages, returns, values)
-    named = module.update(agent, torch.optim.SGD(agent.parameters(), lr=0.0), module.ppo_loss, batch, args)
+    named = module.update(agent, torch.optim.SGD(agent.parameters(), lr=0.0), module.ppo_gradient, batch, args)
     expected = {
         "losses/policy_loss": pg_loss.item(),
         "losses/value_loss": v_loss.item(),
@@ -219,13 +219,14 @@ def test_target_kl_stops_the_epochs(target_kl, epochs):
     agent, args = make_agent("ppo", update_epochs=5, num_minibatches=4, target_kl=target_kl)
     seen = []
 
-    def loss_fn(agent, args, rows):
+    def gradient_fn(agent, args, rows):
+        assert all(parameter.grad is None for parameter in agent.parameters())  # nothing is left of the last minibatch
+        sum(parameter.sum() for parameter in agent.parameters()).backward()
         seen.append(rows)
-        parts = torch.full((4, len(rows)), 0.2)  # log ratios of 0.2 have a mean of ratio - 1 - log ratio of 0.0214
-        return sum(parameter.sum() for parameter in agent.parameters()), parts
+        return torch.full((4, len(rows)), 0.2)  # log ratios of 0.2 have a mean of ratio - 1 - log ratio of 0.0214
 
     optimizer = torch.optim.SGD(agent.parameters(), lr=0.0)
-    ppo.update(agent, optimizer, loss_fn, (torch.arange(12),), args)
+    ppo.update(agent, optimizer, gradient_fn, (torch.arange(12),), args)
     assert len(seen) == 4 * epochs
     for i in range(0, len(seen), 4):
         epoch = seen[i : i + 4]
@@ -235,16 +236,25 @@ def test_target_kl_stops_the_epochs(target_kl, epochs):
         assert torch.cat(seen[:4]).tolist() != torch.cat(seen[4:8]).tolist()  # shuffled anew
 
 
-def test_gradient_norm_is_limited():
-    agent, args = make_agent("ppo", update_epochs=1, num_minibatches=1, max_grad_norm=0.5)
-    before = [parameter.detach().clone() for parameter in agent.parameters()]
+@pytest.mark.parametrize("script", PPO)
+def test_gradient_norm_is_limited(script, rng):
+    """A gradient that is too long keeps its direction; one that is not stays as it is."""
+    module, B = load(script), 8
+    agent, args = make_agent(script)
+    obs = torch.rand(B, 84, 84, 4) if script in ATARI else torch.randn(B, 3)
+    actions = torch.randn(B, 2) if script in CONTINUOUS else torch.randint(SPACES[family(script).suffix][1].n, (B,))
 
-    def loss_fn(agent, args, rows):
-        return 1000 * sum(parameter.sum() for parameter in agent.parameters()), torch.zeros(4, len(rows))
+    def gradient(limit: float) -> torch.Tensor:
+        agent.zero_grad()
+        args.max_grad_norm = limit
+        parts = module.ppo_gradient(agent, args, obs, actions, *([torch.zeros(B)] * 2), torch.ones(B), torch.zeros(B))
+        assert parts.shape == (4, B) and not parts.requires_grad
+        return torch.cat([p.grad.flatten() for p in agent.parameters() if p.grad is not None])
 
-    ppo.update(agent, torch.optim.SGD(agent.parameters(), lr=1.0), loss_fn, (torch.arange(4),), args)
-    moved = sum((new - old).square().sum() for new, old in zip(agent.parameters(), before, strict=True)).sqrt()
-    assert moved.item() == pytest.approx(0.5, rel=1e-3)
+    whole = gradient(1e9)
+    assert whole.norm() > 0
+    torch.testing.assert_close(gradient(whole.norm().item() / 4), whole / 4, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(gradient(whole.norm().item() * 4), whole)
 
 
 @pytest.mark.parametrize("script", ON_POLICY)
