@@ -269,6 +269,8 @@ class Side:
 
 def our_side(args: Args, preset: Preset | None, extra: list[str]) -> Side:
     flags = {"eval_episodes": 1, "device": args.device} | ({"torch_threads": args.threads} if args.threads else {})
+    if args.peer and preset.env_ids != PONG:  # our id of Pong is another one, and the script's default
+        flags["env_id"] = preset.env_ids[0]
     if args.peer and args.until is None:
         flags |= preset.flags
 
