@@ -150,6 +150,22 @@ def test_critic_loss_is_its_definition(script, rng):
 
 
 @pytest.mark.parametrize("script", CONTINUOUS)
+@pytest.mark.parametrize("rho", [0.0, 0.9])
+def test_noise_has_its_correlation_and_its_distribution(script, rho, rng):
+    """Over a time t it is rho^t; each value stays standard Gaussian, and its error function uniform."""
+    noise = [torch.randn(20_000)]
+    for _ in range(30):
+        noise.append(load(script).next_noise(noise[-1], rho))
+    noise = torch.stack(noise)
+    for t in (1, 2, 5):
+        assert torch.corrcoef(torch.stack([noise[30 - t], noise[30]]))[0, 1].item() == pytest.approx(rho**t, abs=0.03)
+    assert noise[30].mean().item() == pytest.approx(0, abs=0.03)
+    assert noise[30].std().item() == pytest.approx(1, abs=0.02)
+    quantiles = torch.quantile((noise[30] / math.sqrt(2)).erf(), torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9]))
+    assert quantiles.tolist() == pytest.approx([-0.8, -0.4, 0.0, 0.4, 0.8], abs=0.03)
+
+
+@pytest.mark.parametrize("script", CONTINUOUS)
 def test_actor_loss_is_its_definition(script, rng):
     """And the actor sees nothing of the temperature's loss, the temperature nothing of the actor's, critics neither."""
     module, (agent, _, args) = load(script), make_parts(script)
@@ -341,6 +357,18 @@ def test_first_actions_are_uniform_within_the_bounds(script, watch):
         distance = np.abs(np.sort(shares, axis=0) - np.linspace(0, 1, 3000)[:, None]).max(0)
         assert (distance < 1.95 / 3000**0.5).all()  # Kolmogorov-Smirnov: one in a thousand
     assert not (actions[0] == actions[1]).all() and not (actions[1] == actions[2]).all()
+
+
+@pytest.mark.parametrize("script", CONTINUOUS)
+@pytest.mark.parametrize("learning_starts", [900, 30])
+@pytest.mark.parametrize("rho", [0.0, 0.9])
+def test_successive_actions_have_the_correlation_of_the_noise(script, learning_starts, rho, watch):
+    """Random actions and a policy's that hardly learns. Differences of two environments, for what they see drifts."""
+    flags = {"learning_starts": learning_starts, "policy_lr": 1e-12}
+    _, _, counters = watch(script, total_timesteps=900, noise_correlation=rho, **flags)
+    first, second, _ = (np.array(counter.actions)[20:] for counter in counters)  # (280, 2)
+    for difference in (first - second).T:
+        assert np.corrcoef(difference[:-1], difference[1:])[0, 1] == pytest.approx(rho, abs=0.35)
 
 
 @pytest.mark.parametrize("script", SAC)
