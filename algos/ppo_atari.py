@@ -693,7 +693,7 @@ def train(args: Args) -> None:
     restart = global_step > 0
     gradient_fn = ppo_gradient
     if args.compile:
-        torch._dynamo.config.trace_autograd_ops = True  # loss and backward pass in one graph: half the overhead
+        torch._dynamo.config.trace_autograd_ops = True  # loss and backward pass in one graph
         mode = "reduce-overhead" if args.device == "cuda" else "default"
         gradient_fn = torch.compile(ppo_gradient, mode=mode, fullgraph=True)
 

@@ -764,7 +764,7 @@ def train(args: Args) -> None:
     restart = global_step > 0
     gradient_fn = gradient
     if args.compile:
-        torch._dynamo.config.trace_autograd_ops = True  # loss and backward pass in one graph: less overhead
+        torch._dynamo.config.trace_autograd_ops = True  # loss and backward pass in one graph
         mode = "reduce-overhead" if device == "cuda" else "default"
         gradient_fn = torch.compile(gradient, mode=mode, fullgraph=True)
     history = []
