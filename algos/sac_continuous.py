@@ -98,7 +98,7 @@ class Args:
     torch_threads: int = 1
     """CPU threads of PyTorch; 0 for one per core. Part of the result: sums are rounded in another order"""
     compile: bool = False
-    """compile the losses and their gradients with torch.compile (on a GPU into CUDA graphs)"""
+    """compile the loss with torch.compile (on a GPU into CUDA graphs)"""
     checkpoint_every: int = 0
     """steps between checkpoints; 0 for a tenth of the run. Each cuts the running episodes, which then do not count"""
 
