@@ -32,7 +32,7 @@ wanted to go. With them, at these defaults, CartPole-v1 was learned and lost aga
 On LunarLander-v3, where A2C is known to hover, rollouts of 256 steps and a high learning rate land (82 to 203 in ten
 seeds; the flags are in docs/BENCHMARKS.md): five steps of a return that is decided by the landing know only what the
 critic says. With 64 steps two of ten runs fell and did not rise again. The most probable action lands seldom (14 on
-average): the policy counts on its own noise.
+average).
 
 What it does not do: images, continuous actions (`a2c_gae_continuous.py`), memory, action masks. Read next:
 `reinforce.py`, which waits for the end of the episode instead of asking a critic. Scores: docs/BENCHMARKS.md.
