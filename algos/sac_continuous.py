@@ -16,7 +16,8 @@ successive actions alike while each action has the policy's distribution, as col
 never reached the flag, with a correlation of 0.9 it did in 31 of 40.
 
 On LunarLanderContinuous-v3, with one update for every four steps and both learning rates at 1e-3, three of four runs
-learned to hover and never landed. With twice the updates and a slower actor one landed; which of the two counts is open.
+learned to hover and never landed. With twice the updates and a slower actor one landed; which of these counts is not
+known.
 
 What to notice, coming from `dqn.py`: a maximum over continuous actions cannot be looked up, so a second network, the
 actor, learns it, as a distribution; the target is soft: what it maximises is reward plus alpha times entropy; of two
