@@ -18,9 +18,11 @@ observation, because it was not over (`gae`); the environments' values are compu
 checkpoint restarts the environments and every random stream from (seed, step), so a resumed run repeats the bits of
 one that was never interrupted.
 
+Observations far from a scale of 1 should be normalised (`--norm-obs`): MountainCar's velocity stays below 0.07, and
+networks that hardly see it seldom leave the valley.
+
 What it does not do: images (`ppo_atari.py`), continuous actions (`ppo_continuous.py`), memory, action masks.
-Read next: `ppo_continuous.py`, whose diff with this file is what a Gaussian policy and normalisation take. Scores:
-docs/BENCHMARKS.md.
+Read next: `ppo_continuous.py`, whose diff with this file is what a Gaussian policy takes. Scores: docs/BENCHMARKS.md.
 
 The file is long because it repeats all that a script needs to stand alone: from "the run" to "training" the text is
 the same in every file, but for `start_envs`, `to_tensor` and `frame`, and who reads for the algorithm can skip it.
@@ -127,6 +129,10 @@ class Args:
     """largest global norm of the gradient"""
     target_kl: float | None = None
     """stop the epochs of an update when the approximate KL divergence exceeds this"""
+    norm_obs: bool = False
+    """normalise observations by their running mean and standard deviation, and clip them to 10"""
+    norm_reward: bool = False
+    """divide rewards by the running standard deviation of the discounted return, and clip them to 10"""
 
 
 LIMITS = {  # flag: smallest and largest value
@@ -160,12 +166,34 @@ def layer_init(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
     return layer
 
 
+class RunningMeanStd(nn.Module):
+    """Mean and variance of all that was seen, as buffers: whoever has the agent has its statistics."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    def update(self, x: Tensor) -> None:
+        """Take in the rows of x (B, *shape): the parallel algorithm of Chan et al. 1979."""
+        x = x.double()
+        delta, total = x.mean(0) - self.mean, self.count + len(x)
+        m2 = self.var * self.count + x.var(0, unbiased=False) * len(x) + delta.square() * self.count * len(x) / total
+        self.mean.add_(delta * len(x) / total)
+        self.var.copy_(m2 / total)
+        self.count.copy_(total)
+
+
 class Agent(nn.Module):
-    """Policy and value function: two networks, nothing shared."""
+    """Policy and value function: two networks, nothing shared but the normalised observation, if it is normalised."""
 
     def __init__(self, envs: gym.vector.VectorEnv, args: Args):
         super().__init__()
         num_inputs, num_actions = envs.single_observation_space.shape[0], int(envs.single_action_space.n)
+        self.norm_obs = args.norm_obs
+        self.obs_stats = RunningMeanStd(num_inputs)
+        self.return_stats = RunningMeanStd()
         self.actor = nn.Sequential(
             layer_init(nn.Linear(num_inputs, 64)),
             nn.Tanh(),
@@ -181,13 +209,19 @@ class Agent(nn.Module):
             layer_init(nn.Linear(64, 1), std=1.0),
         )
 
-    def value(self, obs: Tensor) -> Tensor:
-        """V(s): obs (..., D) -> (...)."""
-        return self.critic(obs).squeeze(-1)
+    def normalize(self, obs: Tensor) -> Tensor:
+        """Raw observations (..., D) -> what the networks see. Until the first update the statistics are 0 and 1."""
+        if not self.norm_obs:
+            return obs
+        return ((obs - self.obs_stats.mean) / (self.obs_stats.var + 1e-8).sqrt()).clamp(-10, 10).float()
+
+    def value(self, x: Tensor) -> Tensor:
+        """V(s): normalised observations (..., D) -> (...)."""
+        return self.critic(x).squeeze(-1)
 
     def act(self, obs: Tensor) -> Tensor:
-        """The most probable action: obs (N, D) -> (N,)."""
-        return self.actor(obs).argmax(-1)
+        """The most probable action: raw observations (N, D) -> (N,)."""
+        return self.actor(self.normalize(obs)).argmax(-1)
 
 
 # ------------------------------------------------------------------------------------------------------ algorithm
@@ -245,6 +279,21 @@ def log_prob_and_entropy(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tenso
 def explained_variance(values: Tensor, returns: Tensor) -> float:
     """1 - Var(returns - values) / Var(returns): 1 for a perfect critic, 0 for one no better than a constant."""
     return 1 - ((returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)).item()
+
+
+def discounted_returns(
+    rewards: np.ndarray, dones: np.ndarray, start: np.ndarray, gamma: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """R_t = r_t + gamma R_{t-1}, from zero at the start of each episode: (T, N), (T, N), (N,) -> (T, N), (N,).
+
+    The scale of this backward-looking return is the scale of the values; rewards are divided by it. `start` is R
+    before the first row, and the second result is R for the next call.
+    """
+    returns = np.empty_like(rewards)
+    for t in range(len(rewards)):
+        returns[t] = rewards[t] + gamma * start
+        start = returns[t] * ~dones[t]
+    return returns, start
 
 
 def ppo_loss(agent: Agent, args: Args, obs, actions, logprobs, advantages, returns, values) -> tuple[Tensor, Tensor]:
@@ -702,12 +751,14 @@ def train(args: Args) -> None:
     obs = torch.zeros((T + 1, N, num_inputs), device=device)
     logits = torch.zeros((T, N, num_actions), device=device)
     actions = torch.zeros((T, N), dtype=torch.int64, device=device)
+    running_return = np.zeros(N, np.float32)
     rewards, terminations, dones = np.zeros((T, N), np.float32), np.zeros((T, N), bool), np.zeros((T, N), bool)
 
     for iteration in range(global_step // (T * N), num_iterations):
         if restart:  # after a checkpoint, in a run that goes on and in one that is resumed alike: so both are the same
             envs.close()
             envs, next_obs = start_envs(args, reseed(args.seed, TRAIN, global_step, num_envs=N))
+            running_return[:] = 0
         learning_rate = args.learning_rate * (1 - iteration / num_iterations if args.anneal_lr else 1)
         optimizer.param_groups[0]["lr"] = learning_rate
 
@@ -717,7 +768,7 @@ def train(args: Args) -> None:
             obs[0] = to_tensor(next_obs, args)
             last_obs = []  # of the episodes that a time limit cut: (t, which environments, observations)
             for t in range(T):
-                logits[t] = agent.actor(obs[t])
+                logits[t] = agent.actor(agent.normalize(obs[t]))
                 actions[t] = (logits[t] + gumbel[t]).argmax(-1)
                 next_obs, reward, terminated, truncated, infos = envs.step(actions[t].cpu().numpy())
                 obs[t + 1] = to_tensor(next_obs, args)
@@ -728,17 +779,24 @@ def train(args: Args) -> None:
                 run.record(global_step, reward, dones[t])
 
             # Advantages. The state an action led to has the next row's value, unless the episode was cut there.
-            values = agent.value(obs)
+            normed_obs = agent.normalize(obs)
+            values = agent.value(normed_obs)
             next_values = values[1:].clone()
             for t, cut, cut_obs in last_obs:
-                next_values[t, cut] = agent.value(to_tensor(cut_obs, args))
+                next_values[t, cut] = agent.value(agent.normalize(to_tensor(cut_obs, args)))
             values = values[:-1]
             r, terminated, done = (torch.from_numpy(array).to(device) for array in (rewards, terminations, dones))
+            if args.norm_reward:
+                discounted, running_return = discounted_returns(rewards, dones, running_return, args.gamma)
+                agent.return_stats.update(torch.from_numpy(discounted).to(device).flatten())
+                r = (r / (agent.return_stats.var + 1e-8).sqrt().float()).clamp(-10, 10)
             advantages, returns = gae(r, values, next_values, terminated, done, args.gamma, args.gae_lambda)
             logprobs, _ = log_prob_and_entropy(logits, actions)
 
-        batch = [x.flatten(0, 1) for x in (obs[:-1], actions, logprobs, advantages, returns, values)]
+        batch = [x.flatten(0, 1) for x in (normed_obs[:-1], actions, logprobs, advantages, returns, values)]
         metrics = update(agent, optimizer, gradient_fn, batch, args)
+        if args.norm_obs:  # after the update: it has to see what the policy saw when it acted
+            agent.obs_stats.update(obs[:-1].flatten(0, 1))
         metrics |= {"losses/explained_variance": explained_variance(values, returns)}
         run.log(global_step, metrics | {"charts/learning_rate": learning_rate})
         restart = run.save_is_due()

@@ -248,9 +248,10 @@ def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
     return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
 
 
-def saved_agent(script: str, folder: Path, env_id: str | None = None):
+def saved_agent(script: str, folder: Path):
     """The agent of a finished run, and its Args, read as --evaluate reads them."""
-    module, args = load(script), make_args(script, run_dir=str(folder), env_id=env_id or family(script).env_id)
+    module = load(script)
+    args = module.Args(**module.read_args(folder))
     envs, _ = module.start_envs(args, [0])
     agent = module.Agent(envs, args)
     agent.load_state_dict(safetensors.torch.load_file(folder / "agent.safetensors"))

@@ -144,7 +144,7 @@ def learn(train):
         is_continuous = family(script).suffix == "_continuous"
         env_id = f"Test/{kind.capitalize()}{'Continuous' * is_continuous}-v0"
         flags = PROBE_FLAGS | flags | OWN_PROBE_FLAGS.get(script, {})
-        agent, _ = saved_agent(script, train(script, env_id=env_id, **flags), env_id)
+        agent, _ = saved_agent(script, train(script, env_id=env_id, **flags))
 
         def value(obs: torch.Tensor) -> torch.Tensor:
             if hasattr(agent, "value"):
@@ -223,7 +223,7 @@ def test_pictures(script, train, monkeypatch):
     folder = train(script, env_id="ALE/Pong-v5", checkpoint_every=0, eval_episodes=4, **flags)
     returns = [episode_return for _, episode_return, _ in episodes(folder)]
     assert np.mean(returns[:20]) < 25 and np.mean(returns[-50:]) > 50
-    agent, args = saved_agent(script, folder, "ALE/Pong-v5")
+    agent, args = saved_agent(script, folder)
     games = FakeChoices(3)
     games.right = np.arange(3)
     assert agent.act(module.to_tensor(games.observe(), args)).tolist() == [0, 1, 2]

@@ -36,6 +36,7 @@ ON_POLICY = [name for name in SCRIPTS if hasattr(load(name), "gae")]
 DISCRETE = [name for name in ON_POLICY if family(name).suffix != "_continuous"]
 CONTINUOUS = [name for name in ON_POLICY if family(name).suffix == "_continuous"]
 VECTOR = [name for name in ON_POLICY if family(name).suffix != "_atari"]
+NORMALIZING = [name for name in ON_POLICY if hasattr(load(name), "RunningMeanStd")]
 ATARI = [name for name in ON_POLICY if family(name).suffix == "_atari"]
 
 ppo = load("ppo")  # for what has the same text in every script
@@ -381,7 +382,7 @@ def test_actions_have_the_frequencies_of_the_policy(script, train, rollouts, mon
 # ------------------------------------------------------------------------------------------------------- normalisation
 
 
-@pytest.mark.parametrize("script", CONTINUOUS)
+@pytest.mark.parametrize("script", NORMALIZING)
 def test_running_mean_std_is_that_of_all_rows(script, rng):
     stats = load(script).RunningMeanStd(3)
     rows = rng.normal(size=(500, 3)) * [1, 100, 1e-3] + [0, 1e4, 5]
@@ -392,7 +393,7 @@ def test_running_mean_std_is_that_of_all_rows(script, rng):
     assert stats.count == 500 and set(stats.state_dict()) == {"mean", "var", "count"}
 
 
-@pytest.mark.parametrize("script", CONTINUOUS)
+@pytest.mark.parametrize("script", NORMALIZING)
 def test_discounted_returns_start_anew_after_any_end(script, rng):
     T, N, gamma = 60, 3, 0.9
     rewards, dones, start = rng.normal(size=(T, N)), rng.random((T, N)) < 0.2, rng.normal(size=N)
@@ -407,7 +408,7 @@ def test_discounted_returns_start_anew_after_any_end(script, rng):
     np.testing.assert_allclose(last, running)
 
 
-@pytest.mark.parametrize("script", CONTINUOUS)
+@pytest.mark.parametrize("script", NORMALIZING)
 def test_reward_normalisation_in_a_run(script, train, spy):
     """GAE gets rewards divided by the deviation of all discounted returns so far: one scale for all environments."""
     module = load(script)
@@ -429,7 +430,7 @@ def test_reward_normalisation_in_a_run(script, train, spy):
         np.testing.assert_allclose(bound["rewards"], expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("script", CONTINUOUS)
+@pytest.mark.parametrize("script", NORMALIZING)
 def test_observation_statistics_are_saved_and_frozen(script, train, monkeypatch):
     """A fresh process acts as the trained agent did, and evaluating it left the statistics as they were."""
     module, agents = load(script), []
@@ -445,22 +446,22 @@ def test_observation_statistics_are_saved_and_frozen(script, train, monkeypatch)
     monkeypatch.setattr(module, "evaluate", evaluate)
     flags = {"num_envs": 2, "num_steps": 32, "total_timesteps": 256, "checkpoint_every": 0}
     folder = train(script, norm_obs=True, **flags)
-    obs = np.random.default_rng(5).normal(size=(100, 3)).astype(np.float32) * 3
+    (agent,) = agents
+    obs = np.random.default_rng(5).normal(size=(100, len(agent.obs_stats.mean))).astype(np.float32) * 3
     code = f"""
 import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import pathlib, numpy as np, torch, conftest
 torch.set_num_threads(1)
 agent, args = conftest.saved_agent({script!r}, pathlib.Path({str(folder)!r}))
-obs = np.random.default_rng(5).normal(size=(100, 3)).astype(np.float32) * 3
+obs = np.random.default_rng(5).normal(size=(100, {obs.shape[1]})).astype(np.float32) * 3
 print(agent.act(torch.from_numpy(obs)).detach().numpy().tobytes().hex())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    (agent,) = agents
     with torch.no_grad():
         assert done.stdout.strip() == agent.act(torch.from_numpy(obs)).numpy().tobytes().hex(), done.stderr
 
 
-@pytest.mark.parametrize("script", CONTINUOUS)
+@pytest.mark.parametrize("script", NORMALIZING)
 def test_the_value_function_sees_what_is_normalised(script, train, rollouts, monkeypatch):
     """Of every state, also of the last one of an episode that was cut: here the statistics add 1000."""
     module, N, T = load(script), 4, 16
