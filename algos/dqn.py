@@ -18,6 +18,9 @@ whose target is 1, is one transition in a hundred, and the targets beside it are
 In a run with the Huber loss values passed 100, which no return can do at a discount of 0.99, episodes stayed at some
 100 steps for most of the time, and the end was 116; by the same flags and seed the squared error ended at 439.
 
+On MountainCar random actions that last for one step hardly ever reach the flag. `--ez-greedy` holds each of them for a
+while (Dabney et al. 2021, "Temporally-Extended Epsilon-Greedy Exploration", arXiv:2006.01782).
+
 What to notice, coming from `ppo.py` or `sarsa.py`: the data outlive the policy that made them, so the target takes
 the best next action instead of the one that was taken (DQN algorithm 1), and how often the network is trained is
 independent of how fast the environment steps: `--gradient-steps` updates every `--train-frequency` environment steps.
@@ -130,6 +133,8 @@ class Args:
     """epsilon at the end"""
     exploration_fraction: float = 0.2
     """share of the run in which epsilon falls from start_e to end_e"""
+    ez_greedy: bool = False
+    """hold each random action for a number of steps that is drawn from a zeta distribution (1: 61 %, 2: 15 %, ...)"""
     hidden_size: int = 128
     """width of the two hidden layers"""
 
@@ -193,6 +198,19 @@ class Agent(nn.Module):
 def linear_schedule(start: float, end: float, duration: float, step: int) -> float:
     """From `start` at step 0 in a straight line to `end` at step `duration`, and `end` from there on."""
     return start + (end - start) * min(step / max(duration, 1), 1)
+
+
+def hold(left: np.ndarray, held: np.ndarray, actions: np.ndarray, is_greedy: np.ndarray):
+    """Epsilon-z-greedy (algorithm 1 of Dabney et al. 2021): a random action goes on for a time drawn from zeta(2).
+
+    `left` (N,) is for how many steps each environment still has to hold its action in `held` (N,). Where that is over,
+    the random ones of the `actions` (N,) begin to be held. Returns the actions, which of them are greedy, `left` and
+    `held`, all (N,).
+    """
+    begins = ~is_greedy & (left == 0)
+    left = np.where(begins, np.random.zipf(2, len(left)), left)
+    held = np.where(begins, actions, held)
+    return np.where(left > 0, held, actions), left == 0, np.maximum(left - 1, 0), held
 
 
 class Replay:
@@ -690,17 +708,21 @@ def train(args: Args) -> None:
         mode = "reduce-overhead" if args.device == "cuda" else "default"
         gradient_fn = torch.compile(dqn_gradient, mode=mode, fullgraph=True)
     history = []
+    left, held = np.zeros((2, N), np.int64)  # of --ez-greedy: for how many steps to hold which action
 
     while global_step < args.total_timesteps:
         if restart:  # after a checkpoint, in a run that goes on and in one that is resumed alike: so both are the same
             envs.close()
             envs, obs = start_envs(args, reseed(args.seed, TRAIN, global_step, num_envs=N))
             replay.cut()
+            left[:] = 0
         last_step, global_step = global_step, global_step + N
 
         # Act: at random with probability epsilon, else greedily.
         epsilon = linear_schedule(args.start_e, args.end_e, args.exploration_fraction * args.total_timesteps, last_step)
         actions, is_greedy = np.random.randint(num_actions, size=N), np.random.random(N) >= epsilon
+        if args.ez_greedy:
+            actions, is_greedy, left, held = hold(left, held, actions, is_greedy)
         if is_greedy.any() and last_step >= args.learning_starts:
             with torch.no_grad():
                 actions = np.where(is_greedy, agent.act(to_tensor(obs, args)).cpu().numpy(), actions)
@@ -713,6 +735,7 @@ def train(args: Args) -> None:
         if dones.any():
             reached = next_obs.copy()
             reached[dones] = np.stack(infos["final_obs"][dones])
+            left[dones] = 0
         replay.add(obs, actions, rewards, reached, terminations, dones)
         obs = next_obs
 

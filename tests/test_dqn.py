@@ -15,6 +15,7 @@ SINGLE = [name for name in SCRIPTS if hasattr(load(name), "dqn_loss")]
 DOUBLE = [name for name in SCRIPTS if hasattr(load(name), "double_dqn_loss")]
 PER = [name for name in SCRIPTS if hasattr(load(name), "SumTree")]
 DQN = SINGLE + DOUBLE
+EZ = [name for name in SCRIPTS if hasattr(load(name), "hold")]
 
 dqn = load("dqn")  # for what has the same text in every script
 
@@ -650,6 +651,44 @@ def test_epsilon_falls(script, watch, monkeypatch):
     actions = np.array([env.actions for env in Counter.made[:4]])
     for quarter, epsilon in enumerate((0.75, 0.25, 0.0, 0.0)):
         assert frequency_is(actions[:, 500 * quarter : 500 * (quarter + 1)], 1 - epsilon / 2)
+
+
+@pytest.mark.parametrize("script", EZ)
+def test_random_actions_are_held_for_zeta_times(script, rng):
+    """Each action is the time at which it was drawn, so that one which is held shows how long and since when."""
+    N, T, epsilon, module = 50, 2000, 0.2, load(script)
+    np.random.seed(1)
+    left, held, rows = np.zeros(N, int), np.zeros(N, int), []
+    for t in range(T):
+        actions, is_greedy, left, held = module.hold(left, held, np.full(N, t), rng.random(N) >= epsilon)
+        assert not (is_greedy & (actions != t)).any()
+        rows.append(np.where(is_greedy, -1, actions))
+    durations, greedy, begins = [], 0, 0
+    for column in np.array(rows).T:
+        greedy += (column == -1).sum()
+        begun, counts = np.unique(column[column >= 0], return_counts=True)
+        begins += len(begun)
+        durations += counts[begun < T / 2].tolist()  # the longest ones end later than this test
+        for start, count in zip(begun, counts, strict=True):
+            assert (column[start : start + count] == start).all()
+    for duration in (1, 2, 3, 4):
+        expected = 6 / (math.pi * duration) ** 2
+        assert np.mean(np.array(durations) == duration) == pytest.approx(expected, abs=4 * 0.5 / len(durations) ** 0.5)
+    assert begins / (begins + greedy) == pytest.approx(epsilon, abs=0.02)
+
+
+@pytest.mark.parametrize("script", EZ)
+def test_random_actions_are_held_until_the_episode_ends(script, watch, monkeypatch):
+    monkeypatch.setattr(load(script).Agent, "act", lambda self, obs: torch.ones(len(obs), dtype=torch.int64))
+    flags = {"num_envs": 4, "total_timesteps": 8000, "train_frequency": NEVER, "exploration_fraction": 1.0}
+    for epsilon in (1.0, 0.0):
+        watch(script, folder=f"run-{epsilon}", ez_greedy=True, start_e=epsilon, end_e=epsilon, **flags)
+        for env in Counter.made[:4]:
+            actions = np.array(env.actions)
+            goes_on = np.arange(1, 2000) % env.length > 0
+            same = actions[1:] == actions[:-1]
+            assert same[goes_on].mean() > 0.65 if epsilon else same.all()
+            assert abs(same[~goes_on].mean() - 0.5) < 0.1 if epsilon else actions.all()
 
 
 @pytest.mark.parametrize("script", PER)
