@@ -134,7 +134,7 @@ class Args:
     exploration_fraction: float = 0.2
     """share of the run in which epsilon falls from start_e to end_e"""
     ez_greedy: bool = False
-    """hold each random action for a number of steps that is drawn from a zeta distribution (1: 61 %, 2: 15 %, ...)"""
+    """hold a random action for a number of steps drawn from zeta(2), 61 % of them 1; epsilon: how often one begins"""
     hidden_size: int = 128
     """width of the two hidden layers"""
 
@@ -201,11 +201,11 @@ def linear_schedule(start: float, end: float, duration: float, step: int) -> flo
 
 
 def hold(left: np.ndarray, held: np.ndarray, actions: np.ndarray, is_greedy: np.ndarray):
-    """Epsilon-z-greedy (algorithm 1 of Dabney et al. 2021): a random action goes on for a time drawn from zeta(2).
+    """Epsilon-z-greedy (Dabney et al. 2021): a random action goes on for a number of steps drawn from zeta(2).
 
     `left` (N,) is for how many steps each environment still has to hold its action in `held` (N,). Where that is over,
-    the random ones of the `actions` (N,) begin to be held. Returns the actions, which of them are greedy, `left` and
-    `held`, all (N,).
+    the random ones of the `actions` (N,) begin to be held: epsilon is the probability to begin, and a larger share of
+    the steps is random. Returns the actions, which of them are greedy, `left` and `held`, all (N,).
     """
     begins = ~is_greedy & (left == 0)
     left = np.where(begins, np.random.zipf(2, len(left)), left)
@@ -718,12 +718,13 @@ def train(args: Args) -> None:
             left[:] = 0
         last_step, global_step = global_step, global_step + N
 
-        # Act: at random with probability epsilon, else greedily.
+        # Act: at random with probability epsilon, and before the learning starts; else greedily.
         epsilon = linear_schedule(args.start_e, args.end_e, args.exploration_fraction * args.total_timesteps, last_step)
         actions, is_greedy = np.random.randint(num_actions, size=N), np.random.random(N) >= epsilon
+        is_greedy &= last_step >= args.learning_starts
         if args.ez_greedy:
             actions, is_greedy, left, held = hold(left, held, actions, is_greedy)
-        if is_greedy.any() and last_step >= args.learning_starts:
+        if is_greedy.any():
             with torch.no_grad():
                 actions = np.where(is_greedy, agent.act(to_tensor(obs, args)).cpu().numpy(), actions)
         next_obs, rewards, terminations, truncations, infos = envs.step(actions)

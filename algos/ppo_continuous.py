@@ -10,17 +10,16 @@ Pendulum's horizon is short, its rewards are dense, and it has to be explored in
     python algos/ppo_continuous.py --env-id Pendulum-v1 --total-timesteps 300000 \
         --learning-rate 1e-3 --gamma 0.95 --log-std-init -1
 
-Papers: Schulman et al. 2017, arXiv:1707.06347 ("PPO" below); Schulman et al. 2016, arXiv:1506.02438 ("GAE"). On top
-of what `ppo.py` has, this file has the details for continuous control that the papers leave out (Huang et al. 2022,
-"The 37 Implementation Details of Proximal Policy Optimization"): a Gaussian whose standard deviation is a parameter
-of its own, log-probabilities summed over the action's dimensions, clipped actions, observations normalised by running
-statistics and clipped, rewards scaled by the running deviation of the discounted return and clipped.
+Papers: Schulman et al. 2017, arXiv:1707.06347 ("PPO" below); Schulman et al. 2016, arXiv:1506.02438 ("GAE"). This
+file has the details for continuous control that the papers leave out (Huang et al. 2022, "The 37 Implementation Details
+of Proximal Policy Optimization"): a Gaussian whose standard deviation is a parameter of its own, log-probabilities
+summed over the action's dimensions, clipped actions, and, what `ppo.py` has as flags, observations normalised by
+running statistics and clipped, rewards scaled by the running deviation of the discounted return and clipped.
 
 What to notice, coming from `ppo.py`: the policy is a mean and a `log_std`; actions are in units of the action space
-(-1 is its lower bound, 1 its upper one), so that one initial `log_std` suits every environment; the statistics are
-buffers of the agent, saved with its weights, and change only between updates: the policy that is improved is the one
-that acted. A HalfCheetah episode never terminates, it is cut after 1000 steps: bootstrapping from its last
-observation (`gae`) is what lets the value function see that the future goes on.
+(-1 is its lower bound, 1 its upper one), so that an initial `log_std` means the same in every environment. A
+HalfCheetah episode never terminates, it is cut after 1000 steps: bootstrapping from its last observation (`gae`) is
+what lets the value function see that the future goes on.
 
 What differs from the usual implementation: as in `ppo.py`. What it does not do: images, discrete actions, squashed
 or state-dependent deviations. Read next: `ppo_atari.py`. Scores: docs/BENCHMARKS.md.

@@ -129,7 +129,7 @@ class Args:
     tau: float = 0.005
     """share of the critics in each update of their targets"""
     pessimism: float = 1.0
-    """how the two critics count together; 1: the smaller of them, 0: their mean"""
+    """the two critics count as their mean less this times half their difference; 1: the smaller of them"""
     autotune: bool = True
     """tune the temperature towards an entropy of -dim(A)"""
     alpha: float = 0.2
@@ -322,22 +322,22 @@ CRITIC_METRICS = "losses/qf_loss", "losses/q_values"
 ACTOR_METRICS = "losses/actor_loss", "losses/entropy", "losses/alpha"
 
 
-def lower(q: Tensor, args: Args) -> Tensor:
-    """What two critics together say, between their mean and the smaller of them: (2, B) -> (B,)."""
+def combine(q: Tensor, args: Args) -> Tensor:
+    """What two critics say together, from their mean (pessimism 0) to the smaller of them (1): (2, B) -> (B,)."""
     return q.mean(0).lerp(q.amin(0), args.pessimism)
 
 
 def critic_loss(agent: Agent, target: Critics, args: Args, noise, obs, actions, rewards, next_obs, terminations):
-    """SAC eq. 5 for both critics, summed, on B transitions: the squared error of the soft TD target (eq. 3 and 7),
+    """SAC eq. 5 for both critics, summed, on B transitions: the squared error of the soft TD target (eq. 3 and 6),
 
         r + gamma (1 - terminated) (min_i Q_target_i(s', a') - alpha log pi(a' | s')),  a' ~ pi(. | s').
 
-    With a `--pessimism` below 1 `lower` takes the place of the minimum, here and in the actor's loss.
+    With a `--pessimism` below 1 `combine` takes the place of the minimum, here and in the actor's loss.
     Returns the loss and the CRITIC_METRICS (2,).
     """
     with torch.no_grad():
         next_actions, next_logprobs = agent.sample(next_obs, noise)
-        next_values = lower(target(next_obs, next_actions), args) - agent.log_alpha.exp() * next_logprobs
+        next_values = combine(target(next_obs, next_actions), args) - agent.log_alpha.exp() * next_logprobs
         td_target = rewards + args.gamma * ~terminations * next_values
     q = agent.critics(obs, actions)
     loss = (q - td_target).square().mean(-1).sum()
@@ -355,7 +355,7 @@ def actor_loss(agent: Agent, args: Args, noise, obs):
     alpha = agent.log_alpha.exp()
     weights = {name: weight.detach() for name, weight in agent.critics.named_parameters()}
     q = torch.func.functional_call(agent.critics, weights, (obs, actions))
-    pi_loss = (alpha.detach() * logprobs - lower(q, args)).mean()
+    pi_loss = (alpha.detach() * logprobs - combine(q, args)).mean()
     entropy = -logprobs.detach().mean()
     alpha_loss = agent.log_alpha * (entropy + actions.shape[-1])
     return pi_loss + alpha_loss, torch.stack([pi_loss.detach(), entropy, alpha.detach()])

@@ -680,15 +680,16 @@ def test_random_actions_are_held_for_zeta_times(script, rng):
 @pytest.mark.parametrize("script", EZ)
 def test_random_actions_are_held_until_the_episode_ends(script, watch, monkeypatch):
     monkeypatch.setattr(load(script).Agent, "act", lambda self, obs: torch.ones(len(obs), dtype=torch.int64))
-    flags = {"num_envs": 4, "total_timesteps": 8000, "train_frequency": NEVER, "exploration_fraction": 1.0}
-    for epsilon in (1.0, 0.0):
-        watch(script, folder=f"run-{epsilon}", ez_greedy=True, start_e=epsilon, end_e=epsilon, **flags)
+    flags = {"num_envs": 4, "total_timesteps": 8000, "train_frequency": NEVER, "ez_greedy": True}
+    for epsilon, learning_starts in ((1.0, 0), (0.0, 8000), (0.0, 0)):  # random; random, as nothing is learnt; greedy
+        changes = {"start_e": epsilon, "end_e": epsilon, "learning_starts": learning_starts}
+        watch(script, folder=f"run-{epsilon}-{learning_starts}", **flags | changes)
         for env in Counter.made[:4]:
             actions = np.array(env.actions)
             goes_on = np.arange(1, 2000) % env.length > 0
-            same = actions[1:] == actions[:-1]
-            assert same[goes_on].mean() > 0.65 if epsilon else same.all()
-            assert abs(same[~goes_on].mean() - 0.5) < 0.1 if epsilon else actions.all()
+            same, is_random = actions[1:] == actions[:-1], epsilon or learning_starts
+            assert same[goes_on].mean() > 0.65 if is_random else same.all()
+            assert abs(same[~goes_on].mean() - 0.5) < 0.1 if is_random else actions.all()
 
 
 @pytest.mark.parametrize("script", PER)
