@@ -390,7 +390,8 @@ def suite_section(of: Table, reference: list[dict[str, str]], random: dict[str, 
         ]
     if of.hidden:
         lines += [f"Not shown: {of.hidden} runs with steps, flags or an entry that the suite no longer has.", ""]
-    return [*lines, f"All runs of the suite that `runs/`, which is not in git, does not hold: `python benchmark/run.py {suite.name}`", ""]
+    what = "All runs of this suite that `runs/`, which is not in git, does not hold"
+    return [*lines, f"{what}: `python benchmark/run.py {suite.name}`", ""]
 
 
 def summary(tables: list[Table], reference: list[dict[str, str]]) -> list[str]:
