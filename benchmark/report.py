@@ -68,6 +68,11 @@ class Cell:
         """Of the runs that have it."""
         return np.array([float(row[column]) for row in self.rows if row[column]])
 
+    def has_changed(self, row: dict[str, str]) -> bool:
+        """Was this run made with code that is not the script's now, nor known to do the same?"""
+        now = suites.code_hash((suites.SCRIPTS / f"{self.entry.script}.py").read_text())
+        return not suites.same_runs(self.entry, row["code"], now)
+
     def curve(self) -> np.ndarray:
         """(seeds, steps)"""
         seeds = [self.curves[row["seed"]] for row in self.rows if row["seed"] in self.curves]
@@ -173,8 +178,7 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
 
 def marks(cell: Cell) -> str:
     """What a reader has to know about these runs."""
-    now = suites.code_hash((suites.SCRIPTS / f"{cell.entry.script}.py").read_text())
-    n, changed = len(cell.rows), sum(row["code"] != now for row in cell.rows)
+    n, changed = len(cell.rows), sum(map(cell.has_changed, cell.rows))
     dirty = sum(row["clean"] == "no" for row in cell.rows)
     counts = {"script changed since": changed, "uncommitted changes": dirty}
     return ", ".join(word if count == n else f"{word} ({count} of {n} runs)" for word, count in counts.items() if count)
@@ -426,7 +430,8 @@ lost. [How to read this page, and how to add to it](benchmarking.md).
 seeds with its 95 % bootstrap interval, the median, the worst and the best seed. *Evaluation*: greedy, after training,
 in the same form. *Target*: what the mean training return has to reach. *Minutes* and *steps/s*: medians over seeds of
 training alone, beside whatever else the machine was doing. *Script changed since*: its code, comments and docstrings
-aside, is not what it was in these runs. *Uncommitted changes*: the commit alone does not give the code of these runs.
+aside, is not what it was in these runs, and no run that was repeated with it has shown that they would be the same.
+*Uncommitted changes*: the commit alone does not give the code of these runs.
 
 Published scores stand beside the measure of ours that is nearest to theirs; they are theirs, not rerun here, and the
 last column says how their protocol differs, as far as they state it. Every score below a target or a published score

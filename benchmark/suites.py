@@ -38,6 +38,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SUITES, REFERENCE, SCRIPTS = HERE / "suites", HERE / "reference.csv", HERE.parent / "algos"
+REPEATED = HERE / "repeated.csv"  # which changes of a script have left an entry's runs alone: by repeat.py
 
 OWN = {"env_id", "total_timesteps", "seed", "run_dir", "torch_threads", "device", "resume", "evaluate"}  # the runner's
 ENTRY_KEYS = {"script": str, "env": str, "steps": int, "seeds": int, "target": float, "why": str}
@@ -74,6 +75,11 @@ class Entry:
             flag = name.replace("_", "-")
             words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
         return words
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """What its runs have in common, as in repeated.csv."""
+        return self.script, self.env, str(self.steps), shlex.join(self.words)
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,17 @@ def code_of(script: Path, sha256: str, commit: str | None) -> str:
     return code_hash(source.decode()) if hashlib.sha256(source).hexdigest() == sha256 else ""
 
 
+def same_runs(entry: Entry, a: str, b: str) -> bool:
+    """Is it known that the script gives the same runs of this entry with code of hash `a` and of hash `b`?"""
+    reached = {a}
+    if a != b and REPEATED.exists():
+        with REPEATED.open(newline="") as file:
+            links = [{code, now} for *key, _, code, now in csv.reader(file) if tuple(key) == entry.key]
+        for _ in links:
+            reached = reached.union(*(link for link in links if link & reached))
+    return b in reached
+
+
 def why_stale(folder: Path, entry: Entry, seed: int, scripts: Path = SCRIPTS) -> str | None:
     """What sets a run folder apart from the run that the entry asks for now, or None."""
     try:
@@ -134,7 +151,9 @@ def why_stale(folder: Path, entry: Entry, seed: int, scripts: Path = SCRIPTS) ->
         if word.startswith("--") and name not in wanted.keys() | OWN:
             return f"{word} was given and is not now"
     script = scripts / f"{entry.script}.py"
-    if code_of(script, sha256, described.get("commit")) != code_hash(script.read_text()):
+    code, now = code_of(script, sha256, described.get("commit")), code_hash(script.read_text())
+    is_finished = (folder / "result.json").exists()  # another is not to be gone on with by another script
+    if code != now and not (is_finished and same_runs(entry, code, now)):
         return f"{entry.script}.py has changed"
     return None
 

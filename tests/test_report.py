@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, TIMEOUT
 
-from benchmark import collect, compare, plots, report, stats, suites
+from benchmark import collect, compare, plots, repeat, report, stats, suites
 
 SUITE = """
 title = "Toys"
@@ -761,3 +761,100 @@ def test_compare_refuses_bad_input(sides, call, tmp_path, monkeypatch):
         done = call(compare, good, name)
         assert done.code == 2 and done.out == "", name
         assert done.err.startswith("error: ") and done.err.count("\n") == 1 and part in done.err, done.err
+
+
+# ----------------------------------------------------------------------------------------------------------- repeating
+
+
+def set_code(house, code: str) -> None:
+    """The runs of the results were made with this code."""
+    changed = [(row | {"code": code}).values() for row in rows(house)]
+    collect.write_csv(house.results / "toys.csv", collect.COLUMNS, changed)
+
+
+@pytest.fixture
+def repeated(house, call, monkeypatch):
+    """Two runs of two entries each, made with older code, and what `repeat.py` does if its runs end with `finals`."""
+    monkeypatch.setattr(suites, "REPEATED", house.base / "repeated.csv")
+    for entry, seed in ((0, 1), (0, 2), (1, 1), (1, 2)):
+        make_run(house, entry, seed, final=-80.0)
+    assert call(report, *house.words).code == 0
+    set_code(house, "older")
+    asked, there = [], SimpleNamespace(runs=house.base / "again", suite=house.suite)
+
+    def repeated(*words, **finals: float) -> SimpleNamespace:
+        def make(suite, names, seed, args):
+            asked.append((names, seed))
+            for entry in (0, 1):
+                if house.suite.entries[entry].name in names and finals:
+                    make_run(there, entry, int(seed), final=finals[f"final{entry}"])
+            return 0
+
+        monkeypatch.setattr(repeat, "make", make)
+        folders = ("--runs-dir", there.runs, "--results-dir", house.results)
+        return call(repeat, house.suites / "toys.toml", *folders, *words)
+
+    repeated.asked = asked
+    return repeated
+
+
+def marked(house, call) -> int:
+    """How many rows of the page have the mark."""
+    assert call(report, "--no-collect", *house.words).code == 0
+    return page(house).count("| script changed since |")
+
+
+def test_a_run_that_repeats_itself_clears_all_seeds(house, call, repeated):
+    assert marked(house, call) == 2
+    done = repeated(final0=-80.0, final1=-80.0)
+    assert repeated.asked == [(["CartPole-v1__ppo", "Acrobot-v1__ppo"], "1")]
+    assert done.code == 0 and "same: toys/CartPole-v1__ppo, seed 1" in done.out
+    assert marked(house, call) == 0
+    content = suites.REPEATED.read_text()
+    assert "nothing to repeat" in repeated().out and suites.REPEATED.read_text() == content
+
+
+def test_a_run_that_does_not_repeat_itself_stays_marked(house, call, repeated):
+    done = repeated(final0=-80.0, final1=-79.0)
+    assert done.code == 1 and "differs: toys/Acrobot-v1__ppo, seed 1: final_return was -80.0 and is -79.0" in done.out
+    assert marked(house, call) == 1
+
+
+def test_a_curve_alone_is_a_difference(house, repeated):
+    path = house.results / "curves" / "toys" / "Acrobot-v1__ppo.csv"
+    path.write_text(path.read_text().replace("-40", "-40.1", 1))
+    done = repeated(final0=-80.0, final1=-80.0)
+    assert done.code == 1 and "differs: toys/Acrobot-v1__ppo, seed 1: the curve is another" in done.out
+
+
+def test_what_was_not_repeated_is_no_proof(house, call, repeated):
+    done = repeated("--only", "CartPole*")  # its runs fail
+    assert repeated.asked == [(["CartPole-v1__ppo"], "1")]
+    assert done.code == 1 and "it has not finished" in done.out and not suites.REPEATED.exists()
+    set_code(house, "")
+    done = repeated(final0=-80.0, final1=-80.0)
+    assert done.code == 1 and "unknown code" in done.out and not suites.REPEATED.exists()
+
+
+def test_what_is_known_of_changes_adds_up(house, monkeypatch):
+    monkeypatch.setattr(suites, "REPEATED", house.base / "repeated.csv")
+    first, second = house.suite.entries[:2]
+    assert suites.same_runs(first, "a", "a") and not suites.same_runs(first, "a", "b")
+    links = [(*first.key, "1", "c", "d"), (*first.key, "1", "b", "c"), (*first.key, "1", "a", "b")]
+    links.append((*second.key, "1", "a", "e"))
+    collect.write_csv(suites.REPEATED, repeat.COLUMNS, links)
+    assert suites.same_runs(first, "a", "d") and suites.same_runs(first, "d", "a")
+    assert not suites.same_runs(first, "a", "e") and suites.same_runs(second, "a", "e")
+    assert not suites.same_runs(first, "", "a")
+
+
+def test_the_runner_takes_repeated_runs_for_done_but_does_not_go_on_with_one(house, monkeypatch):
+    monkeypatch.setattr(suites, "REPEATED", house.base / "repeated.csv")
+    monkeypatch.setattr(suites, "code_of", lambda *_: "older")
+    (entry, *_), folder = house.suite.entries, make_run(house)
+    assert suites.why_stale(folder, entry, 1) == "ppo.py has changed"
+    now = suites.code_hash((suites.SCRIPTS / "ppo.py").read_text())
+    collect.write_csv(suites.REPEATED, repeat.COLUMNS, [(*entry.key, "1", "older", now)])
+    assert suites.why_stale(folder, entry, 1) is None
+    (folder / "result.json").unlink()
+    assert suites.why_stale(folder, entry, 1) == "ppo.py has changed"
