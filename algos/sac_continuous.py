@@ -15,11 +15,12 @@ successive actions alike while each action has the policy's distribution, as col
 "Pink Noise Is All You Need"). MountainCarContinuous needs it: in 60 episodes of independent uniform actions the car
 never reached the flag, with a correlation of 0.9 it did in 31 of 40.
 
-On LunarLanderContinuous-v3 many runs learn to hover and never land. In 300 episodes of random actions nothing landed, so
-the critics learn that the ground is bad, and an actor that follows them does not go there to find out: where a lander
-stands on the pad and 90 points are coming, the critics of three such runs expected -47, -30 and 10. Which run lands is
-chance: with the mean of the critics instead of the smaller one (`--pessimism 0`) and all else equal one seed went from
--21 to 78 and, by other flags, from 260 to -25; with correlated noise as well it had 213, and two others 45 and -26.
+On LunarLanderContinuous-v3 many runs learn to hover and never land. In 300 episodes of random actions nothing landed,
+so the critics learn that the ground is bad, and an actor that follows them does not go there to find out: where a
+lander stands on the pad and 90 points are coming, the critics of three such runs expected -47, -30 and 10. Which run
+lands is chance: with the mean of the critics instead of the smaller one (`--pessimism 0`) and all else equal one seed
+went from -21 to 78 and, by other flags, from 260 to -25; with correlated noise as well it had 213, and two others 45
+and -26.
 
 What to notice, coming from `dqn.py`: a maximum over continuous actions cannot be looked up, so a second network, the
 actor, learns it, as a distribution; the target is soft: what it maximises is reward plus alpha times entropy; of two
