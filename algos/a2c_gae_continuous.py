@@ -29,9 +29,8 @@ seeds get stuck far from upright. The other is a deviation as wide as the bounds
 gradient for each is little: with narrower noise the penalty alone did not help. Nor did, without the penalty, a tanh on
 the mean, a faster critic, other learning rates and discounts (on one or two seeds each).
 
-On LunarLanderContinuous-v3, where A2C is known to fail too, nine of ten seeds end between 84 and 128 with rollouts of
-256 steps (186 on average without the noise; the flags are in docs/BENCHMARKS.md); 64 steps, under flags that a search
-found, had -33 to 30 on three seeds.
+On LunarLanderContinuous-v3, where A2C is known to fail too, rollouts of 256 steps land in most seeds (flags and scores
+are in docs/BENCHMARKS.md); 64 steps, under flags that a search found, had -33 to 30 on three seeds.
 
 What it does not do: images, discrete actions, squashed or state-dependent deviations. Read next:
 `ppo_continuous.py`, which makes many steps of each rollout where this file makes one. Scores: docs/BENCHMARKS.md.

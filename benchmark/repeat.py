@@ -16,7 +16,6 @@ that made the first run can be expected to give its digits. The exit code is 0 i
 import subprocess
 import sys
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import tyro
@@ -45,9 +44,8 @@ def to_repeat(suite: suites.Suite, args: Args) -> list[tuple[suites.Entry, dict[
     """Of each entry whose runs were made with other code, the row of the first one."""
     found = []
     for cell in report.read_table(suite, args.results_dir).cells:
-        names = cell.entry.script, cell.entry.env, cell.entry.name
         changed = sorted(filter(cell.has_changed, cell.rows), key=lambda row: int(row["seed"]))
-        if changed and (not args.only or any(fnmatchcase(name, pattern) for name in names for pattern in args.only)):
+        if changed and cell.entry.fits(args.only):
             found.append((cell.entry, changed[0]))
     return found
 
@@ -96,8 +94,7 @@ def main() -> None:
                 is_same = False
             elif row["code"]:
                 print(f"same: {suite.name}/{entry.name}, seed {row['seed']}")
-                now = suites.code_hash((suites.SCRIPTS / f"{entry.script}.py").read_text())
-                links.add((*entry.key, row["seed"], row["code"], now))
+                links.add((*entry.key, row["seed"], row["code"], entry.code))
             else:
                 print(f"same, but of unknown code: {suite.name}/{entry.name}, seed {row['seed']}")
                 is_same = False

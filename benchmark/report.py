@@ -70,8 +70,7 @@ class Cell:
 
     def has_changed(self, row: dict[str, str]) -> bool:
         """Was this run made with code that is not the script's now, nor known to do the same?"""
-        now = suites.code_hash((suites.SCRIPTS / f"{self.entry.script}.py").read_text())
-        return not suites.same_runs(self.entry, row["code"], now)
+        return not suites.same_runs(self.entry, row["code"], self.entry.code)
 
     def curve(self) -> np.ndarray:
         """(seeds, steps)"""

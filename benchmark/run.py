@@ -41,7 +41,6 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, Protocol
@@ -564,8 +563,7 @@ def make_jobs(args: Args) -> list[Job]:
         if suite.name in {job.suite for job in jobs}:
             fail(f"suite {suite.name} is named twice")
         for entry in suite.entries:
-            names = entry.script, entry.env, entry.name
-            if not args.only or any(fnmatchcase(name, pattern) for name in names for pattern in args.only):
+            if entry.fits(args.only):
                 for seed in wanted or range(1, entry.seeds + 1):
                     jobs.append(Job(suite.name, entry, seed, run_folder(args.runs_dir, suite.name, entry, seed)))
     if not jobs:

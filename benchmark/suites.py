@@ -33,6 +33,7 @@ import shlex
 import subprocess
 import tomllib
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 
@@ -75,6 +76,16 @@ class Entry:
             flag = name.replace("_", "-")
             words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
         return words
+
+    @property
+    def code(self) -> str:
+        """The hash of what its script does now."""
+        return code_hash((SCRIPTS / f"{self.script}.py").read_text())
+
+    def fits(self, patterns: tuple[str, ...]) -> bool:
+        """Is it one of those that `--only` names: by script, environment or folder name? All are, if it names none."""
+        names = self.script, self.env, self.name
+        return not patterns or any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
     @property
     def key(self) -> tuple[str, str, str, str]:
