@@ -63,6 +63,7 @@ from tqdm import tqdm
 
 AUTO_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # what --device auto means here
 TRAIN, EVAL = 0, 1  # purposes of random streams
+EVALUATION = "env_id", "seed", "eval_episodes", "video", "device", "torch_threads"  # flags that --evaluate may change
 UV = "uv run " if "UV" in os.environ else ""  # how a printed command has to begin
 
 
@@ -487,7 +488,8 @@ class Run:
 
         The caller then starts the environments anew, as a resumed run has to; their running episodes are dropped.
         """
-        self.check_finite(*(p for part in parts.values() if isinstance(part, nn.Module) for p in part.parameters()))
+        modules = (part.state_dict() for part in parts.values() if isinstance(part, nn.Module))
+        self.check_finite(*(tensor for module in modules for tensor in module.values()))
         self.episodes.flush()
         os.fsync(self.episodes.fileno())
         self.writer.flush()
@@ -538,7 +540,7 @@ class Run:
         """Save the agent, evaluate it, write result.json and say where to look."""
         seconds, args, path = self.seconds(), self.args, shlex.quote(str(self.path))
         self.bar.close()
-        self.check_finite(*agent.parameters())
+        self.check_finite(*agent.state_dict().values())
         self.episodes.close()
         self.writer.close()
         tensors = {name: tensor.contiguous() for name, tensor in agent.state_dict().items()}
@@ -563,7 +565,7 @@ class Run:
             f"training return, mean of the last {len(self.recent)} episodes: {trailing}\n"
             f"evaluation return, {args.eval_episodes} episodes, greedy: {returns.mean():.1f} ± {returns.std():.1f}\n"
             f"curves: {UV}tensorboard --logdir {path}\n"
-            f"film:   {UV}python {sys.argv[0]} --evaluate {path} --video"
+            f"film:   {UV}python {shlex.quote(sys.argv[0])} --evaluate {path} --video"
         )
 
 
@@ -640,7 +642,8 @@ def read_args(folder: str) -> dict:
     if maker != script:
         fail(f"{folder} was made by {maker}, which is the script to use with it")
     if set(flags) != set(Args.__dataclass_fields__):
-        fail(f"{folder} was made by another version of {script}, with other flags")
+        commit = f": that of commit {described['commit']!s:.7}" if described.get("commit") else ""
+        fail(f"{folder} was made by another version of {script}, with other flags{commit}")
     if sha256 != hashlib.sha256(Path(__file__).read_bytes()).hexdigest():
         print(f"warning: {script} has changed since {folder} was begun; the result may differ", file=sys.stderr)
     return flags
@@ -657,8 +660,11 @@ def parse_args() -> Args:
         with warnings.catch_warnings(action="ignore"):  # of a flag of another type, which check_limits refuses
             args = tyro.cli(Args, default=saved)
         changed = [name for name, value in asdict(args).items() if value != getattr(saved, name)]
-        if args.resume and changed:
-            fail(f"--resume goes on under the flags of the run; leave out --{changed[0].replace('_', '-')}")
+        if args.evaluate:
+            changed = [name for name in changed if name not in EVALUATION]
+        if changed:
+            verb = "--resume goes on" if args.resume else "--evaluate plays the agent"
+            fail(f"{verb} under the flags of the run; leave out --{changed[0].replace('_', '-')}")
         if args.resume and (Path(folder) / "result.json").exists():
             fail(f"{folder} is finished; --evaluate {folder} plays it")
     check_limits(args)
@@ -769,8 +775,8 @@ def main() -> None:
     except KeyboardInterrupt:
         folder = Path(args.run_dir)
         is_unfinished = (folder / "args.json").exists() and not (folder / "result.json").exists()
-        hint = f"; to go on: {UV}python {sys.argv[0]} --resume {shlex.quote(args.run_dir)}" if is_unfinished else ""
-        print(f"\nstopped{hint}", file=sys.stderr)
+        hint = f"; to go on: {UV}python {shlex.quote(sys.argv[0])} --resume {shlex.quote(args.run_dir)}"
+        print(f"\nstopped{hint if is_unfinished else ''}", file=sys.stderr)
         raise SystemExit(130) from None
     except OSError as error:
         fail(f"{error}; what was saved before is intact. To go on: --resume {shlex.quote(args.run_dir)}")

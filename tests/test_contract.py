@@ -538,6 +538,14 @@ def test_resume_and_evaluate_exclude_each_other(script, finished, call):
     is_one_error(call(script, "--resume", finished.folder, "--evaluate", finished.folder), "--resume", "--evaluate")
 
 
+@pytest.mark.parametrize("words", [("--gamma", "0.5"), ("--total-timesteps", "7"), ("--compile",)])
+def test_evaluate_takes_no_flags_of_training(script, finished, call, words):
+    before = contents(finished.folder)
+    done = call(script, "--evaluate", finished.folder, *words)
+    is_one_error(done, "--evaluate", f"leave out {words[0]}\n")
+    assert contents(finished.folder) == before
+
+
 def test_evaluate_of_an_unfinished_run(script, unfinished, copy, call):
     folder = copy(unfinished)
     before = contents(folder)
@@ -612,7 +620,14 @@ DAMAGES = {  # what is wrong with a run folder: how it comes about, a word of th
     "a flag of another type": (lambda x: edit(x, lambda y: y["args"].update(num_envs="four")), "num-envs"),
     "a flag out of range": (lambda x: edit(x, lambda y: y["args"].update(num_envs=0)), "num-envs"),
     "other script": (lambda x: edit(x, lambda y: y.update(script="other.py")), "other.py"),
-    "other flags": (lambda x: edit(x, lambda y: y["args"].update(colour="red")), "flags"),
+    "other flags": (
+        lambda x: edit(x, lambda y: (y["args"].update(colour="red"), y.update(commit=""))),
+        "with other flags",
+    ),
+    "other flags of a commit": (
+        lambda x: edit(x, lambda y: (y["args"].update(colour="red"), y.update(commit="fedcba9876"))),
+        "with other flags: that of commit fedcba9\n",
+    ),
     "finished": (lambda x: (x / "result.json").write_text("{}"), "--evaluate"),
     "episodes.csv is cut": (lambda x: truncate(x / "episodes.csv", 0.2), "episodes.csv"),
     "no episodes.csv": (lambda x: (x / "episodes.csv").unlink(), "episodes.csv"),

@@ -462,6 +462,36 @@ print(agent.act(torch.from_numpy(obs)).detach().numpy().tobytes().hex())
 
 
 @pytest.mark.parametrize("script", NORMALIZING)
+@pytest.mark.parametrize("bad", [70, 190, 250])
+def test_one_infinite_observation_spoils_no_checkpoint_and_no_agent(script, bad, train, monkeypatch, tmp_path):
+    """It is clipped, so that the loss stays finite, but the statistics do not: at whatever step it comes, of 256."""
+    module, steps = load(script), 0
+    original = module.start_envs
+
+    def start_broken_envs(*args, **kwargs):
+        envs, obs = original(*args, **kwargs)
+        step = envs.step
+
+        def broken_step(actions):
+            nonlocal steps
+            steps += len(actions)
+            obs, *rest = step(actions)
+            return (np.full_like(obs, np.inf) if steps == bad else obs), *rest
+
+        envs.step = broken_step
+        return envs, obs
+
+    monkeypatch.setattr(module, "start_envs", start_broken_envs)
+    flags = {"num_envs": 2, "num_steps": 32, "total_timesteps": 256, "checkpoint_every": 64, "norm_obs": True}
+    with pytest.raises(SystemExit) as end:
+        train(script, **flags)
+    assert end.value.code == 3
+    checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert 0 < checkpoint["step"] <= bad and all(x.isfinite().all() for x in checkpoint["agent"].values())
+    assert not (tmp_path / "run" / "agent.safetensors").exists()
+
+
+@pytest.mark.parametrize("script", NORMALIZING)
 def test_the_value_function_sees_what_is_normalised(script, train, rollouts, monkeypatch):
     """Of every state, also of the last one of an episode that was cut: here the statistics add 1000."""
     module, N, T = load(script), 4, 16
