@@ -408,6 +408,13 @@ def double_dqn_loss(
     return loss, torch.stack([loss.detach(), q.detach().mean()]), (td_target - q.detach()).abs()
 
 
+def double_dqn_gradient(agent: Agent, target: Agent, *batch: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of `double_dqn_loss` into the parameters; returns the METRICS (2,) and the |TD errors| (B,)."""
+    loss, metrics, errors = double_dqn_loss(agent, target, *batch)
+    loss.backward()
+    return metrics, errors
+
+
 # -------------------------------------------------------------------------------------------------------- the run
 
 
@@ -807,9 +814,11 @@ def train(args: Args) -> None:
     run = Run(args)
     global_step = run.restore(**parts)
     restart = global_step > 0
-    loss_fn = double_dqn_loss
+    gradient_fn = double_dqn_gradient
     if args.compile:
-        loss_fn = torch.compile(double_dqn_loss, mode="reduce-overhead" if args.device == "cuda" else "default")
+        torch._dynamo.config.trace_autograd_ops = True  # loss and backward pass in one graph
+        mode = "reduce-overhead" if args.device == "cuda" else "default"
+        gradient_fn = torch.compile(double_dqn_gradient, mode=mode, fullgraph=True)
     history = []
 
     while global_step < args.total_timesteps:
@@ -846,9 +855,8 @@ def train(args: Args) -> None:
             for _ in range(rounds * args.gradient_steps):
                 rows, weights = priorities.sample(args.batch_size, beta)
                 batch = n_step_batch(replay, rows, args.n_step, args.gamma, args.device)
-                loss, metrics, errors = loss_fn(agent, target, *batch, torch.from_numpy(weights).to(args.device))
                 optimizer.zero_grad()
-                loss.backward()
+                metrics, errors = gradient_fn(agent, target, *batch, torch.from_numpy(weights).to(args.device))
                 optimizer.step()
                 priorities.update(rows, errors.cpu().numpy())
                 history.append(metrics.clone())  # a CUDA graph writes its next output into the same memory

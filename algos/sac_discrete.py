@@ -336,6 +336,13 @@ def sac_loss(agent, target: Critics, args: Args, target_entropy, obs, actions, r
     return qf_loss + actor_loss + alpha_loss, metrics.detach()
 
 
+def sac_gradient(agent: Agent, target: Critics, args: Args, *inputs: Tensor) -> Tensor:
+    """The gradient of `sac_loss` into the parameters; returns the METRICS (5,)."""
+    loss, metrics = sac_loss(agent, target, args, *inputs)
+    loss.backward()
+    return metrics
+
+
 # -------------------------------------------------------------------------------------------------------- the run
 
 
@@ -735,9 +742,11 @@ def train(args: Args) -> None:
     run = Run(args)
     global_step = run.restore(agent=agent, target=target, optimizer=optimizer, replay=replay)
     restart = global_step > 0
-    loss_fn = sac_loss
+    gradient_fn = sac_gradient
     if args.compile:
-        loss_fn = torch.compile(sac_loss, mode="reduce-overhead" if args.device == "cuda" else "default")
+        torch._dynamo.config.trace_autograd_ops = True  # loss and backward pass in one graph
+        mode = "reduce-overhead" if args.device == "cuda" else "default"
+        gradient_fn = torch.compile(sac_gradient, mode=mode, fullgraph=True)
     history = []
 
     while global_step < args.total_timesteps:
@@ -776,9 +785,8 @@ def train(args: Args) -> None:
             rounds = global_step // args.train_frequency - last_step // args.train_frequency
             for _ in range(rounds * args.gradient_steps):
                 batch = replay.batch(replay.sample(args.batch_size), args.device)
-                loss, metrics = loss_fn(agent, target, args, target_entropy, *batch)
                 optimizer.zero_grad()
-                loss.backward()
+                metrics = gradient_fn(agent, target, args, target_entropy, *batch)
                 optimizer.step()
                 update_target(target, agent.critics, args.tau)
                 history.append(metrics.clone())  # a CUDA graph writes its next output into the same memory
