@@ -241,8 +241,9 @@ class Replay:
         self.obs[rows], self.obs[after] = obs, next_obs
         self.actions[rows], self.rewards[rows], self.terminations[rows] = actions, rewards, terminations
         self.starts[rows], self.starts[after] = True, False
-        self.filled = max(self.filled, int(rows.max()) + 1)
-        self.heads = np.where(dones, self.after(after), after)
+        if self.filled < self.rows:
+            self.filled = max(self.filled, int(rows.max()) + 1)
+        self.heads = np.where(dones, self.after(after), after) if dones.any() else after
         return np.concatenate([rows, after])
 
     def after(self, rows: np.ndarray) -> np.ndarray:
