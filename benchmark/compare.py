@@ -164,6 +164,8 @@ def compare(args: Args) -> list[str]:
             f"{counts}. Without any difference, {ALPHA * len(pairs):.1f} would be called better or worse.",
             "",
         ]
+    if not rows:
+        return [*lines, "Nothing to compare."]
     return [
         *lines,
         f"Rule: better or worse if p ≤ {ALPHA:g} in the exact two-sided rank test, which needs 4 seeds on each side or "

@@ -719,6 +719,7 @@ def test_compare_counts_a_run_once(tmp_path, call):
     assert "4 runs are on both sides and count as A's" in done.out
     done = call(compare, a, a)
     assert done.code == 0 and "left out, all runs of B are A's" in done.out and verdicts(done.out) == {}
+    assert "Nothing to compare" in done.out and "Rule:" not in done.out
 
 
 def test_compare_says_when_settings_differ(tmp_path, call):
