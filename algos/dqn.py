@@ -52,9 +52,11 @@ import time
 import warnings
 import zipfile
 from collections import deque
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial, reduce
 from pathlib import Path
 from typing import Literal
 
@@ -191,6 +193,19 @@ class Agent(nn.Module):
     def act(self, obs: Tensor) -> Tensor:
         """The action of the largest value: obs (N, D) -> (N,)."""
         return self(obs).argmax(-1)
+
+
+def fast_act(agent: Agent) -> Callable[[Tensor], Tensor]:
+    """`Agent.act` for the rollout: its layers as plain functions of the same weights, which are shared, not copied.
+
+    For one row the calls of modules and the bookkeeping of gradients cost more than the sums: this takes half the time.
+    """
+    linear = nn.functional.linear
+    layers = [
+        partial(linear, weight=layer.weight.detach(), bias=layer.bias.detach()) if type(layer) is nn.Linear else layer
+        for layer in agent.q
+    ]
+    return lambda obs: reduce(lambda x, layer: layer(x), layers, obs).argmax(-1)
 
 
 # ------------------------------------------------------------------------------------------------------ algorithm
@@ -709,7 +724,7 @@ def train(args: Args) -> None:
     run = Run(args)
     global_step = run.restore(agent=agent, target=target, optimizer=optimizer, replay=replay)
     restart = global_step > 0
-    gradient_fn = dqn_gradient
+    act, gradient_fn = fast_act(agent), dqn_gradient
     if args.compile:
         torch._dynamo.config.trace_autograd_ops = True  # loss and backward pass in one graph
         mode = "reduce-overhead" if args.device == "cuda" else "default"
@@ -732,8 +747,7 @@ def train(args: Args) -> None:
         if args.ez_greedy:
             actions, is_greedy, left, held = hold(left, held, actions, is_greedy)
         if is_greedy.any():
-            with torch.no_grad():
-                actions = np.where(is_greedy, agent.act(to_tensor(obs, args)).cpu().numpy(), actions)
+            actions = np.where(is_greedy, act(to_tensor(obs, args)).cpu().numpy(), actions)
         next_obs, rewards, terminations, truncations, infos = envs.step(actions)
         dones = terminations | truncations
         run.record(global_step, rewards, dones)

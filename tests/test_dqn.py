@@ -16,6 +16,7 @@ DOUBLE = [name for name in SCRIPTS if hasattr(load(name), "double_dqn_loss")]
 PER = [name for name in SCRIPTS if hasattr(load(name), "SumTree")]
 DQN = SINGLE + DOUBLE
 EZ = [name for name in SCRIPTS if hasattr(load(name), "hold")]
+FAST = [name for name in SCRIPTS if hasattr(load(name), "fast_act")]
 
 dqn = load("dqn")  # for what has the same text in every script
 
@@ -191,6 +192,28 @@ def is_the_gradient_of(loss, expected, agent, target) -> bool:
     torch.testing.assert_close(ours, theirs)
     unused = torch.autograd.grad(loss, list(target.parameters()), allow_unused=True)
     return all(gradient is None for gradient in unused) and max(gradient.abs().max() for gradient in ours) > 1e-3
+
+
+@pytest.mark.parametrize("script", FAST)
+def test_a_run_acts_as_the_agent_does(script, train, monkeypatch):
+    """The faster way to act has the same bits throughout a run that learns."""
+    module, calls = load(script), 0
+    flags = {"env_id": "CartPole-v1", "total_timesteps": 600, "learning_starts": 20, "learning_rate": 0.05, "end_e": 0.0}
+    fast = train(script, "fast", **flags)
+
+    def slow_act(agent):
+        def act(obs):
+            nonlocal calls
+            calls += 1
+            with torch.no_grad():
+                return agent.act(obs)
+
+        return act
+
+    monkeypatch.setattr(module, "fast_act", slow_act)
+    slow = train(script, "slow", **flags)
+    assert calls > 100
+    assert (fast / "agent.safetensors").read_bytes() == (slow / "agent.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("script", SINGLE)
