@@ -199,6 +199,7 @@ def fast_act(agent: Agent) -> Callable[[Tensor], Tensor]:
     """`Agent.act` for the rollout: its layers as plain functions of the same weights, which are shared, not copied.
 
     For one row the calls of modules and the bookkeeping of gradients cost more than the sums: this takes half the time.
+    A change to `Agent.forward` or `Agent.act` belongs here too.
     """
     linear = nn.functional.linear
     layers = [

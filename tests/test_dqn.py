@@ -198,7 +198,7 @@ def is_the_gradient_of(loss, expected, agent, target) -> bool:
 def test_a_run_acts_as_the_agent_does(script, train, monkeypatch):
     """The faster way to act has the same bits throughout a run that learns."""
     module, calls = load(script), 0
-    flags = {"env_id": "CartPole-v1", "total_timesteps": 600, "learning_starts": 20, "learning_rate": 0.05, "end_e": 0.0}
+    flags = {"env_id": "CartPole-v1", "total_timesteps": 600, "learning_starts": 20, "learning_rate": 0.05}
     fast = train(script, "fast", **flags)
 
     def slow_act(agent):
@@ -653,10 +653,18 @@ def frequency_is(actions: np.ndarray, expected: float) -> bool:
     return abs(actions.mean() - expected) < 4 * np.sqrt(expected * (1 - expected) / actions.size) + 1e-12
 
 
+def act_one(script: str, monkeypatch) -> None:
+    """The greedy action is 1."""
+    module = load(script)
+    monkeypatch.setattr(module.Agent, "act", lambda self, obs: torch.ones(len(obs), dtype=torch.int64))
+    if script in FAST:
+        monkeypatch.setattr(module, "fast_act", lambda agent: agent.act)
+
+
 @pytest.mark.parametrize("script", DQN)
 def test_epsilon_greedy(script, watch, monkeypatch):
     """The greedy action is 1: half of all actions at first, 0.7 + 0.3 / 2 later, each environment for itself."""
-    monkeypatch.setattr(load(script).Agent, "act", lambda self, obs: torch.ones(len(obs), dtype=torch.int64))
+    act_one(script, monkeypatch)
     flags = {"num_envs": 4, "total_timesteps": 4000, "train_frequency": NEVER, "learning_starts": 1000}
     watch(script, start_e=0.3, end_e=0.3, **flags)
     actions = np.array([env.actions for env in Counter.made[:4]])  # (N, T)
@@ -668,7 +676,7 @@ def test_epsilon_greedy(script, watch, monkeypatch):
 
 @pytest.mark.parametrize("script", DQN)
 def test_epsilon_falls(script, watch, monkeypatch):
-    monkeypatch.setattr(load(script).Agent, "act", lambda self, obs: torch.ones(len(obs), dtype=torch.int64))
+    act_one(script, monkeypatch)
     flags = {"num_envs": 4, "total_timesteps": 8000, "train_frequency": NEVER}
     watch(script, start_e=1.0, end_e=0.0, exploration_fraction=0.5, **flags)
     actions = np.array([env.actions for env in Counter.made[:4]])
@@ -702,7 +710,7 @@ def test_random_actions_are_held_for_zeta_times(script, rng):
 
 @pytest.mark.parametrize("script", EZ)
 def test_random_actions_are_held_until_the_episode_ends(script, watch, monkeypatch):
-    monkeypatch.setattr(load(script).Agent, "act", lambda self, obs: torch.ones(len(obs), dtype=torch.int64))
+    act_one(script, monkeypatch)
     flags = {"num_envs": 4, "total_timesteps": 8000, "train_frequency": NEVER, "ez_greedy": True}
     for epsilon, learning_starts in ((1.0, 0), (0.0, 8000), (0.0, 0)):  # random; random, as nothing is learnt; greedy
         changes = {"start_e": epsilon, "end_e": epsilon, "learning_starts": learning_starts}
