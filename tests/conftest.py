@@ -369,6 +369,31 @@ def train(monkeypatch, tmp_path):
 
 
 @pytest.fixture
+def spoil(monkeypatch):
+    """spoil(module, change): environments give change(steps so far, obs, rewards) instead of obs, rewards."""
+
+    def spoil(module, change) -> None:
+        original, steps = module.start_envs, 0
+
+        def start_broken_envs(*args, **kwargs):
+            envs, obs = original(*args, **kwargs)
+            step = envs.step
+
+            def broken_step(actions):
+                nonlocal steps
+                steps += len(actions)
+                obs, rewards, *rest = step(actions)
+                return *change(steps, obs, rewards), *rest
+
+            envs.step = broken_step
+            return envs, obs
+
+        monkeypatch.setattr(module, "start_envs", start_broken_envs)
+
+    return spoil
+
+
+@pytest.fixture
 def spy(monkeypatch):
     """spy(module, name) -> list of (bound arguments, result) of every call; the function still does its work."""
 

@@ -294,27 +294,15 @@ def test_full_disk_keeps_the_last_checkpoint(script, finished, unfinished, copy,
     assert bits(folder) == bits(finished.folder)
 
 
-def test_divergence_ends_the_run_and_keeps_the_checkpoint(script, finished, call, monkeypatch, tmp_path):
+def test_divergence_ends_the_run_and_keeps_the_checkpoint(script, finished, call, monkeypatch, spoil, tmp_path):
     """Rewards that are not numbers, from some step after the first checkpoint on."""
-    module, flags, steps = load(script), tiny(script), 0
+    module, flags, folder = load(script), tiny(script), tmp_path / "run"
     original = module.start_envs
 
-    def start_broken_envs(*args, **kwargs):
-        envs, obs = original(*args, **kwargs)
-        step = envs.step
+    def change(steps, obs, rewards):
+        return obs, np.full(len(rewards), np.nan) if steps > 1.5 * flags["checkpoint_every"] else rewards
 
-        def broken_step(actions):
-            nonlocal steps
-            steps += len(actions)
-            obs, rewards, *rest = step(actions)
-            is_broken = steps > 1.5 * flags["checkpoint_every"]
-            return obs, np.full(len(actions), np.nan) if is_broken else rewards, *rest
-
-        envs.step = broken_step
-        return envs, obs
-
-    folder = tmp_path / "run"
-    monkeypatch.setattr(module, "start_envs", start_broken_envs)
+    spoil(module, change)
     done = call(script, *arguments(script, run_dir=folder))
     assert done.code == 3, done
     assert re.fullmatch(r"error: .* diverged .*\n", done.err)

@@ -463,25 +463,9 @@ print(agent.act(torch.from_numpy(obs)).detach().numpy().tobytes().hex())
 
 @pytest.mark.parametrize("script", NORMALIZING)
 @pytest.mark.parametrize("bad", [70, 190, 250])
-def test_one_infinite_observation_spoils_no_checkpoint_and_no_agent(script, bad, train, monkeypatch, tmp_path):
+def test_one_infinite_observation_spoils_no_checkpoint_and_no_agent(script, bad, train, spoil, tmp_path):
     """It is clipped, so that the loss stays finite, but the statistics do not: at whatever step it comes, of 256."""
-    module, steps = load(script), 0
-    original = module.start_envs
-
-    def start_broken_envs(*args, **kwargs):
-        envs, obs = original(*args, **kwargs)
-        step = envs.step
-
-        def broken_step(actions):
-            nonlocal steps
-            steps += len(actions)
-            obs, *rest = step(actions)
-            return (np.full_like(obs, np.inf) if steps == bad else obs), *rest
-
-        envs.step = broken_step
-        return envs, obs
-
-    monkeypatch.setattr(module, "start_envs", start_broken_envs)
+    spoil(load(script), lambda steps, obs, rewards: (np.full_like(obs, np.inf) if steps == bad else obs, rewards))
     flags = {"num_envs": 2, "num_steps": 32, "total_timesteps": 256, "checkpoint_every": 64, "norm_obs": True}
     with pytest.raises(SystemExit) as end:
         train(script, **flags)
