@@ -130,6 +130,8 @@ class Args:
     """largest global norm of the gradient"""
     target_kl: float | None = None
     """stop the epochs of an update when the approximate KL divergence exceeds this"""
+    norm_obs: bool = True
+    """take from each pixel its running mean, and divide all by the standard deviation that is left"""
 
     # Speed
     bf16: bool = True
@@ -167,11 +169,33 @@ def layer_init(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
     return layer
 
 
+class RunningMeanStd(nn.Module):
+    """Mean and variance of all that was seen, as buffers: whoever has the agent has its statistics."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    def update(self, x: Tensor) -> None:
+        """Take in the rows of x (B, *shape): the parallel algorithm of Chan et al. 1979."""
+        x = x.double()
+        delta, total = x.mean(0) - self.mean, self.count + len(x)
+        m2 = self.var * self.count + x.var(0, unbiased=False) * len(x) + delta.square() * self.count * len(x) / total
+        self.mean.add_(delta * len(x) / total)
+        self.var.copy_(m2 / total)
+        self.count.copy_(total)
+
+
 class Agent(nn.Module):
     """The network of Mnih et al. 2015, with two heads on the features that policy and value share."""
 
     def __init__(self, envs: gym.vector.VectorEnv, args: Args):
         super().__init__()
+        self.norm_obs = args.norm_obs
+        self.dtype = torch.bfloat16 if args.bf16 else torch.float32
+        self.obs_stats = RunningMeanStd(84, 84, 1)
         self.trunk = nn.Sequential(
             layer_init(nn.Conv2d(4, 32, 8, stride=4)),
             nn.ReLU(),
@@ -186,16 +210,28 @@ class Agent(nn.Module):
         self.actor = layer_init(nn.Linear(512, int(envs.single_action_space.n)), std=0.01)
         self.critic = layer_init(nn.Linear(512, 1), std=1.0)
 
-    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """Frames (B, 84, 84, 4) -> logits (B, A), V(s) (B,). Weights and heads are float32 whatever the frames are."""
-        with torch.autocast(obs.device.type, obs.dtype, enabled=obs.dtype != torch.float32):
-            hidden = self.trunk(obs.permute(0, 3, 1, 2))
+    def normalize(self, obs: Tensor) -> Tensor:
+        """Bytes (N, 84, 84, 4) -> what the network sees. Until the first update the statistics are 0 and 1.
+
+        The mean is one of each pixel: without it most of what the network sees is the background, which says nothing.
+        The deviation is one of all pixels, so that a pixel that hardly ever changes is not blown up.
+        """
+        x = obs / 255
+        if self.norm_obs:
+            std = (self.obs_stats.var.mean() + 1e-8).sqrt().float()
+            x = ((x - self.obs_stats.mean.float()) / std).clamp(-10, 10)
+        return x.to(self.dtype)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised frames (B, 84, 84, 4) -> logits (B, A), V(s) (B,). Weights and heads are float32 in any case."""
+        with torch.autocast(x.device.type, x.dtype, enabled=x.dtype != torch.float32):
+            hidden = self.trunk(x.permute(0, 3, 1, 2))
         hidden = hidden.float()
         return self.actor(hidden), self.critic(hidden).squeeze(-1)
 
     def act(self, obs: Tensor) -> Tensor:
-        """The most probable action: frames (N, 84, 84, 4) -> (N,)."""
-        return self(obs)[0].argmax(-1)
+        """The most probable action: bytes (N, 84, 84, 4) -> (N,)."""
+        return self(self.normalize(obs))[0].argmax(-1)
 
 
 # ------------------------------------------------------------------------------------------------------ algorithm
@@ -362,9 +398,8 @@ def start_envs(args: Args, seeds: list[int], render: bool = False) -> tuple[gym.
 
 
 def to_tensor(obs: np.ndarray, args: Args) -> Tensor:
-    """Bytes (N, 4, 84, 84) -> numbers from 0 to 1 (N, 84, 84, 4), the layout in which convolutions are fastest."""
-    dtype = torch.bfloat16 if args.bf16 else torch.float32
-    return torch.from_numpy(obs).to(args.device).permute(0, 2, 3, 1).to(dtype) / 255
+    """Bytes (N, 4, 84, 84) -> bytes (N, 84, 84, 4), the layout in which convolutions are fastest."""
+    return torch.from_numpy(obs).to(args.device).permute(0, 2, 3, 1)
 
 
 def frame(envs: gym.vector.VectorEnv, obs: np.ndarray) -> np.ndarray:
@@ -704,7 +739,8 @@ def train(args: Args) -> None:
         gradient_fn = torch.compile(ppo_gradient, mode=mode, fullgraph=True)
 
     num_actions = int(envs.single_action_space.n)
-    obs = torch.zeros((T + 1, N, 84, 84, 4), dtype=to_tensor(next_obs, args).dtype, device=device)
+    frames = torch.zeros((T, N, 84, 84, 1), dtype=torch.uint8, device=device)
+    obs = torch.zeros((T + 1, N, 84, 84, 4), dtype=agent.dtype, device=device)
     logits = torch.zeros((T, N, num_actions), device=device)
     values = torch.zeros((T + 1, N), device=device)
     actions = torch.zeros((T, N), dtype=torch.int64, device=device)
@@ -722,13 +758,14 @@ def train(args: Args) -> None:
         with torch.no_grad():
             # The rollout. argmax(logits + Gumbel noise) is a sample of softmax(logits).
             gumbel = -torch.empty_like(logits).exponential_().log()
-            obs[0] = to_tensor(next_obs, args)
+            obs[0] = agent.normalize(to_tensor(next_obs, args))
             last_obs = []  # of the episodes that a time limit cut: (t, which environments, observations)
             for t in range(T):
                 logits[t], values[t] = agent(obs[t])
                 actions[t] = (logits[t] + gumbel[t]).argmax(-1)
                 next_obs, reward, terminated, truncated, infos = envs.step(actions[t].cpu().numpy())
-                obs[t + 1] = to_tensor(next_obs, args)
+                seen = to_tensor(next_obs, args)
+                frames[t], obs[t + 1] = seen[..., -1:], agent.normalize(seen)
                 global_step += N
                 run.record(global_step, reward, terminated | truncated)
                 if truncated.any():
@@ -742,13 +779,15 @@ def train(args: Args) -> None:
             values[T] = agent(obs[T])[1]
             next_values = values[1:].clone()
             for t, cut, cut_obs in last_obs:
-                next_values[t, cut] = agent(to_tensor(cut_obs, args))[1]
+                next_values[t, cut] = agent(agent.normalize(to_tensor(cut_obs, args)))[1]
             r, terminated, done = (torch.from_numpy(array).to(device) for array in (rewards, terminations, dones))
             advantages, returns = gae(r, values[:-1], next_values, terminated, done, args.gamma, args.gae_lambda)
             logprobs, _ = log_prob_and_entropy(logits, actions)
 
         batch = [x.flatten(0, 1) for x in (obs[:-1], actions, logprobs, advantages, returns, values[:-1])]
         metrics = update(agent, optimizer, gradient_fn, batch, args)
+        if args.norm_obs:  # of one step in eight: the frames between are much like these
+            agent.obs_stats.update(frames[::8].flatten(0, 1) / 255)
         metrics |= {"losses/explained_variance": explained_variance(values[:-1], returns)}
         run.log(global_step, metrics | {"charts/learning_rate": learning_rate})
         restart = run.save_is_due()

@@ -23,7 +23,7 @@ import tyro
 from benchmark import collect, plots, stats, suites
 
 ROOT = Path(__file__).resolve().parent.parent
-FIRST = "classic", "box2d", "mujoco", "atari"  # the order of the suites on the page; others follow
+FIRST = "classic", "box2d", "mujoco", "atari-cpu", "atari"  # the order of the suites on the page; others follow
 UNPUBLISHED = {"smoke"}
 BASELINE = "ppo"  # the algorithm that the others are compared with
 KNOWN = "ppo", "a2c_gae", "sac", "dqn", "dqn_per", "reinforce", "sarsa"  # a style for each, whatever else a plot shows
