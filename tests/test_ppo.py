@@ -26,7 +26,7 @@ from conftest import (
     saved_agent,
     tensors,
 )
-from environments import Counter, FakeGames
+from environments import Counter, FakeChoices, FakeGames
 from gymnasium.vector import AutoresetMode
 from torch import nn
 from torch.distributions import Categorical, Independent, Normal
@@ -37,6 +37,7 @@ DISCRETE = [name for name in ON_POLICY if family(name).suffix != "_continuous"]
 CONTINUOUS = [name for name in ON_POLICY if family(name).suffix == "_continuous"]
 VECTOR = [name for name in ON_POLICY if family(name).suffix != "_atari"]
 NORMALIZING = [name for name in ON_POLICY if hasattr(load(name), "RunningMeanStd")]
+VECTOR_NORMALIZING = [name for name in NORMALIZING if name in VECTOR]
 ATARI = [name for name in ON_POLICY if family(name).suffix == "_atari"]
 
 ppo = load("ppo")  # for what has the same text in every script
@@ -393,7 +394,7 @@ def test_running_mean_std_is_that_of_all_rows(script, rng):
     assert stats.count == 500 and set(stats.state_dict()) == {"mean", "var", "count"}
 
 
-@pytest.mark.parametrize("script", NORMALIZING)
+@pytest.mark.parametrize("script", VECTOR_NORMALIZING)
 def test_discounted_returns_start_anew_after_any_end(script, rng):
     T, N, gamma = 60, 3, 0.9
     rewards, dones, start = rng.normal(size=(T, N)), rng.random((T, N)) < 0.2, rng.normal(size=N)
@@ -408,7 +409,7 @@ def test_discounted_returns_start_anew_after_any_end(script, rng):
     np.testing.assert_allclose(last, running)
 
 
-@pytest.mark.parametrize("script", NORMALIZING)
+@pytest.mark.parametrize("script", VECTOR_NORMALIZING)
 def test_reward_normalisation_in_a_run(script, train, spy):
     """GAE gets rewards divided by the deviation of all discounted returns so far: one scale for all environments."""
     module = load(script)
@@ -430,7 +431,7 @@ def test_reward_normalisation_in_a_run(script, train, spy):
         np.testing.assert_allclose(bound["rewards"], expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("script", NORMALIZING)
+@pytest.mark.parametrize("script", VECTOR_NORMALIZING)
 def test_observation_statistics_are_saved_and_frozen(script, train, monkeypatch):
     """A fresh process acts as the trained agent did, and evaluating it left the statistics as they were."""
     module, agents = load(script), []
@@ -461,7 +462,7 @@ print(agent.act(torch.from_numpy(obs)).detach().numpy().tobytes().hex())
         assert done.stdout.strip() == agent.act(torch.from_numpy(obs)).numpy().tobytes().hex(), done.stderr
 
 
-@pytest.mark.parametrize("script", NORMALIZING)
+@pytest.mark.parametrize("script", VECTOR_NORMALIZING)
 @pytest.mark.parametrize("bad", [70, 190, 250])
 def test_one_infinite_observation_spoils_no_checkpoint_and_no_agent(script, bad, train, spoil, tmp_path):
     """It is clipped, so that the loss stays finite, but the statistics do not: at whatever step it comes, of 256."""
@@ -475,7 +476,7 @@ def test_one_infinite_observation_spoils_no_checkpoint_and_no_agent(script, bad,
     assert not (tmp_path / "run" / "agent.safetensors").exists()
 
 
-@pytest.mark.parametrize("script", NORMALIZING)
+@pytest.mark.parametrize("script", VECTOR_NORMALIZING)
 def test_the_value_function_sees_what_is_normalised(script, train, rollouts, monkeypatch):
     """Of every state, also of the last one of an episode that was cut: here the statistics add 1000."""
     module, N, T = load(script), 4, 16
@@ -491,6 +492,29 @@ def test_the_value_function_sees_what_is_normalised(script, train, rollouts, mon
     np.testing.assert_array_equal(inputs["values"], t + 1000)
     np.testing.assert_array_equal(inputs["next_values"][cut], t[cut] + 1001)
     assert cut.sum() >= 4 and t.max() == 5 and t.min() == 0
+
+
+@pytest.mark.parametrize("script", ATARI)
+def test_pictures_are_normalised(script, train, rollouts, monkeypatch):
+    """Less the mean of each pixel, over one deviation of all, of every eighth step of all earlier rollouts."""
+    module, N, T = load(script), 3, 16
+    FakeChoices.install(monkeypatch, module)
+    found, shown, original = rollouts(script), [], module.to_tensor
+    monkeypatch.setattr(module, "to_tensor", lambda obs, args: shown.append(obs) or original(obs, args))
+    flags = {"num_envs": N, "num_steps": T, "total_timesteps": 3 * N * T, "num_minibatches": 1, "checkpoint_every": 0}
+    folder = train(script, norm_obs=True, bf16=False, eval_episodes=2, **flags)
+    raw, pictures = [], [picture.transpose(0, 2, 3, 1) / 255 for picture in shown]
+    for (batch, _), begin in zip(found, range(0, 3 * (T + 1), T + 1), strict=True):  # T steps, and what came before
+        x = np.stack(pictures[begin : begin + T])
+        mean, std = np.mean(raw, (0, 1)) if raw else 0.0, np.sqrt(np.var(raw, (0, 1)).mean()) if raw else 1.0
+        np.testing.assert_allclose(batch[0].reshape(x.shape), np.clip((x - mean) / std, -10, 10), atol=1e-3)
+        raw += [picture[..., -1:] for picture in pictures[begin + 1 : begin + T + 1 : 8]]
+    agent, args = saved_agent(script, folder)  # with statistics that the evaluation has not changed
+    assert agent.obs_stats.count == 3 * 2 * N
+    np.testing.assert_allclose(agent.obs_stats.mean, np.mean(raw, (0, 1)), atol=1e-6)
+    x = agent.normalize(original(shown[5], args))
+    np.testing.assert_allclose(x, (pictures[5] - np.mean(raw, (0, 1))) / np.sqrt(np.var(raw, (0, 1)).mean()), atol=1e-3)
+    assert x.dtype == torch.float32 and x.abs().max() < 10
 
 
 # --------------------------------------------------------------------------------------------------------------- seeds
@@ -593,7 +617,7 @@ def test_games_hold_what_happened(script, life_loss, train, rollouts, fake_games
     N, T, iterations = 3, 16, 3
     games, found = fake_games(script, N), rollouts(script)
     flags = {"num_envs": N, "num_steps": T, "total_timesteps": iterations * N * T, "num_minibatches": 1}
-    folder = train(script, life_loss=life_loss, checkpoint_every=0, bf16=False, **flags)
+    folder = train(script, life_loss=life_loss, checkpoint_every=0, norm_obs=False, bf16=False, **flags)
 
     assert games.steps == iterations * N * T
     cuts = lost = 0
@@ -664,7 +688,8 @@ def test_games_are_played_by_the_stated_protocol(script):
         rewards_seen += rewards.sum()
     assert differed and rewards_seen > 0
     assert obs.shape == (2, 4, 84, 84) and obs.dtype == np.uint8
-    x = module.to_tensor(obs, make_args(script, bf16=False))
+    agent, args = make_agent(script, bf16=False, norm_obs=False)
+    x = agent.normalize(module.to_tensor(obs, args))
     assert x.shape == (2, 84, 84, 4) and x.max() <= 1
     np.testing.assert_allclose(x.numpy() * 255, obs.transpose(0, 2, 3, 1), atol=1e-4)  # newest frame last
 
@@ -703,7 +728,8 @@ def test_bfloat16_only_touches_the_convolutions(script, rng):
     module = load(script)
     agent, args = make_agent(script, bf16=True)
     obs = rng.integers(256, size=(4, 4, 84, 84), dtype=np.uint8)
-    low, high = (module.to_tensor(obs, make_args(script, bf16=bf16)) for bf16 in (True, False))
+    low = agent.normalize(module.to_tensor(obs, args))
+    high = make_agent(script, bf16=False)[0].normalize(module.to_tensor(obs, args))
     assert low.dtype == torch.bfloat16 and high.dtype == torch.float32
     for x, y in zip(agent(low), agent(high), strict=True):
         assert x.dtype == y.dtype == torch.float32
