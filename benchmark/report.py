@@ -1,5 +1,7 @@
 """Writes docs/BENCHMARKS.md and its plots from benchmark/results/, after collecting the finished runs into it.
 
+In README.md beside docs/ it keeps a short table up to date, between two comments: PPO on every environment with runs.
+
     python benchmark/report.py                  # collect from runs/, then write page and plots
     python benchmark/report.py --no-collect     # from benchmark/results/ alone
     python benchmark/report.py --check          # writes nothing; exit code 1 if page or plots are not up to date
@@ -213,6 +215,7 @@ SCORES = [
     *("script", "steps", "seeds", "training return", "median", "worst … best", "evaluation", "target"),
     *("minutes", "steps/s", "machine", "commit", "marks"),
 ]
+SHORT = "script", "steps", "seeds", "training return", "evaluation", "minutes"  # those of them that README.md shows
 
 
 @dataclass
@@ -446,6 +449,25 @@ def page(tables: list[Table]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+BEGIN, END = "<!-- written by benchmark/report.py -->\n", "<!-- end of what report.py writes -->\n"
+
+
+def short_table(tables: list[Table]) -> str:
+    """The baseline algorithm on every environment that has runs of it."""
+    rows = []
+    for cell in (cell for of in tables for cell in of.cells if cell.rows and cell.algo == BASELINE):
+        row, env = dict(zip(SCORES, score_row(cell))), cell.entry.env
+        rows.append([f"[{env}](docs/BENCHMARKS.md#{anchor(env)})", *(row[name].replace("../", "") for name in SHORT)])
+    return "\n".join(table(["environment", *SHORT], rows))
+
+
+def readme(text: str, tables: list[Table]) -> str:
+    """README.md with what stands between the two comments written anew; without them as it is."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    return before + begin + "\n" + short_table(tables) + "\n" + end + after if end else text
+
+
 # -------------------------------------------------------------------------------------------------------- the plots
 
 
@@ -499,6 +521,8 @@ def generate(args: Args) -> dict[Path, bytes]:
     algos = sorted({cell.algo for of in tables for cell in of.cells} | set(KNOWN), key=number)
     styles = {algo: i for i, algo in enumerate(algos)}
     files = {args.docs_dir / "BENCHMARKS.md": page(tables).encode()}
+    if (path := args.docs_dir.parent / "README.md").exists():
+        files[path] = readme(path.read_text(), tables).encode()
     for of in tables:
         files |= {args.docs_dir / "plots" / name: content for name, content in draw(of, styles).items()}
     return files
@@ -542,7 +566,7 @@ def main() -> None:
     for path in plots_dir.glob("*.svg"):
         if path not in files:
             path.unlink()
-    print(f"wrote {args.docs_dir / 'BENCHMARKS.md'} and {len(files) - 1} plots")
+    print(f"wrote {args.docs_dir / 'BENCHMARKS.md'} and {sum(path.suffix == '.svg' for path in files)} plots")
 
 
 if __name__ == "__main__":

@@ -546,6 +546,26 @@ def test_check_finds_what_is_not_up_to_date(house, call):
     assert generated(house) == before
 
 
+def test_readme_has_a_short_table_of_ppo(house, call):
+    """Between two comments, and nothing else of it is touched; without the comments nothing is."""
+    readme, top, bottom = house.base / "README.md", "# Toys\n\n", "\nThe rest.\n"
+    fill(house)
+    readme.write_text(top + bottom)
+    call(report, *house.words)
+    assert readme.read_text() == top + bottom
+    readme.write_text(top + report.BEGIN + "old" + report.END + bottom)
+    assert "README.md is not up to date" in call(report, "--check", *house.words).out
+    call(report, *house.words)
+    text = readme.read_text()
+    assert text.startswith(top + report.BEGIN) and text.endswith(report.END + bottom)
+    lines = [line for line in text.splitlines() if line.startswith("| [")]
+    (ppo,) = (entry for entry in house.suite.entries if entry.script == "ppo" and entry.env == "CartPole-v1")
+    assert [line.split(" | ")[1] for line in lines] == ["[`ppo`](algos/ppo.py)"] * 2  # no other algorithm
+    start = "| [CartPole-v1](docs/BENCHMARKS.md#cartpole-v1) | [`ppo`](algos/ppo.py) | "
+    assert f"{start}{report.whole(ppo.steps)} | 3 of 5 | **" in text
+    assert call(report, "--check", *house.words).code == 0
+
+
 def test_plots_of_another_matplotlib_are_not_compared(house, call):
     fill(house)
     call(report, *house.words)
