@@ -189,7 +189,7 @@ def test_shipped_suites_are_right(name):
 
 def test_shipped_suites_are_complete():
     cells = {name: {(entry.script, entry.env) for entry in suites.load(name).entries} for name in SHIPPED}
-    assert {"classic", "box2d", "mujoco", "atari", "smoke"} <= set(cells)
+    assert {"classic", "box2d", "mujoco", "atari", "atari-cpu", "smoke"} <= set(cells)
     assert len(cells["atari"]) == 57 and {script for script, _ in cells["atari"]} == {"ppo_atari"}
     mujoco = {env for env in gym.registry if env.endswith("-v5") and "mujoco" in str(gym.registry[env].entry_point)}
     assert {env for script, env in cells["mujoco"] if script == "ppo_continuous"} == mujoco and len(mujoco) == 11
@@ -283,7 +283,7 @@ def test_other_mistakes_are_one_line(house):
     assert "unknown key seed;" in error_of(house.suite(seed=3))
     assert "title is missing" in error_of(house.suite(title=None))
     assert "seeds is missing" in error_of(house.suite(seeds=None))
-    assert "no suite clasic; there are atari, box2d" in error_of("clasic")
+    assert "no suite clasic; there are atari, atari-cpu, box2d" in error_of("clasic")
     assert "cannot be read" in error_of(house.path / "missing.toml")
     (house.path / "bad.toml").write_text("title = ")
     assert "suite " in error_of(house.path / "bad.toml")
