@@ -111,7 +111,8 @@ PRESETS = {
     "ppo_atari": Preset(
         *("ppo_atari.py", PONG, (20_000, 10_000_000)),
         PPO_1 | {"num_envs": 8, "num_steps": 128, "learning_rate": 2.5e-4, "clip_coef": 0.1, "life_loss": True},
-        note="ours: sticky actions, ALE's native vector environment, bfloat16 convolutions (unless -- --no-bf16)",
+        note="ours: sticky actions, ALE's native vector environment, normalised pixels (unless -- --no-norm-obs), "
+        "bfloat16 convolutions (unless -- --no-bf16)",
     ),
     "dqn": Preset(
         *("dqn.py", CARTPOLE, (100_000, 500_000)),
