@@ -2,7 +2,7 @@
 
     python algos/a2c_gae.py                                         # CartPole-v1
     python algos/a2c_gae.py --gae-lambda 1                          # n-step returns, as in the paper
-    python algos/a2c_gae.py --env-id package:Name-v0                # any registered Gymnasium environment
+    python algos/a2c_gae.py --env-id package:Name-v0                # your own, registered in `package`
     python algos/a2c_gae.py --resume runs/CartPole-v1__a2c_gae__1__...
     python algos/a2c_gae.py --evaluate runs/CartPole-v1__a2c_gae__1__... --eval-episodes 20 --video
 
@@ -18,9 +18,10 @@ n-step return; policy and value have separate networks; the optimiser is Adam wi
 RMSProp but that it corrects its average for its start from zero and so needs no warm-up; an episode that is cut by a
 time limit is bootstrapped from its real last observation.
 
-What to notice, coming from `ppo.py`: the rollouts are short and each is used once. So the policy that is improved is
-the one that acted, and its probability ratio, clipping, minibatches and epochs have nothing to do: the loss is the
-policy gradient itself. Each rollout gives one gradient, so long ones have to be worth it by a larger learning rate.
+What to notice, coming from `reinforce.py`: nobody waits for the end of an episode. A critic says what the rest of it
+is worth, so the rollouts are short, of several environments at once; each is used once, so the policy that is
+improved is the one that acted, and the loss is the policy gradient itself. Each rollout gives one gradient, so long
+ones have to be worth it by a larger learning rate.
 
 Why Adam's usual betas, 0.9 and 0.999, are not used: in a run of some two thousand gradients, an average over the last
 thousand of their squares is always out of date, and momentum goes on in directions in which a policy of some steps ago
@@ -35,7 +36,7 @@ critic says. With 64 steps two of ten runs fell and did not rise again. The most
 average).
 
 What it does not do: images, continuous actions (`a2c_gae_continuous.py`), memory, action masks. Read next:
-`reinforce.py`, which waits for the end of the episode instead of asking a critic. Scores: docs/BENCHMARKS.md.
+`ppo.py`, which makes many steps of each rollout where this file makes one. Scores: docs/BENCHMARKS.md.
 
 The file is long because it repeats all that a script needs to stand alone: from "the run" to "training" the text is
 the same in every file, but for `start_envs`, `to_tensor` and `frame`, and who reads for the algorithm can skip it.

@@ -1,7 +1,7 @@
 """Advantage actor-critic (A2C) with generalised advantage estimation, for vector observations and continuous actions.
 
     python algos/a2c_gae_continuous.py                              # HalfCheetah-v5, a million steps
-    python algos/a2c_gae_continuous.py --env-id package:Name-v0     # any registered Gymnasium environment
+    python algos/a2c_gae_continuous.py --env-id package:Name-v0     # your own, registered in `package`
     python algos/a2c_gae_continuous.py --resume runs/HalfCheetah-v5__a2c_gae_continuous__1__...
     python algos/a2c_gae_continuous.py --evaluate runs/HalfCheetah-v5__a2c_gae_continuous__1__... --video
 
@@ -33,7 +33,7 @@ On LunarLanderContinuous-v3, where A2C is known to fail too, rollouts of 256 ste
 are in docs/BENCHMARKS.md); 64 steps, under flags that a search found, had -33 to 30 on three seeds.
 
 What it does not do: images, discrete actions, squashed or state-dependent deviations. Read next:
-`ppo_continuous.py`, which makes many steps of each rollout where this file makes one. Scores: docs/BENCHMARKS.md.
+`ppo_continuous.py`, beside a `diff` with this file. Scores: docs/BENCHMARKS.md.
 
 The file is long because it repeats all that a script needs to stand alone: from "the run" to "training" the text is
 the same in every file, but for `start_envs`, `to_tensor` and `frame`, and who reads for the algorithm can skip it.

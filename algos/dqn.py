@@ -21,7 +21,7 @@ In a run with the Huber loss values passed 100, which no return can do at a disc
 On MountainCar random actions that last for one step hardly ever reach the flag. `--ez-greedy` holds each of them for a
 while (Dabney et al. 2021, "Temporally-Extended Epsilon-Greedy Exploration", arXiv:2006.01782).
 
-What to notice, coming from `ppo.py` or `sarsa.py`: the data outlive the policy that made them, so the target takes
+What to notice, coming from `sarsa.py`: the data outlive the policy that made them, so the target takes
 the best next action instead of the one that was taken (DQN algorithm 1), and how often the network is trained is
 independent of how fast the environment steps: `--gradient-steps` updates every `--train-frequency` environment steps.
 

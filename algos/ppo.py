@@ -2,7 +2,7 @@
 
     python algos/ppo.py                                             # CartPole-v1, half a minute
     python algos/ppo.py --env-id Acrobot-v1 --total-timesteps 300000
-    python algos/ppo.py --env-id package:Name-v0                    # any registered Gymnasium environment
+    python algos/ppo.py --env-id package:Name-v0                    # your own, registered in `package`
     python algos/ppo.py --resume runs/CartPole-v1__ppo__1__...      # goes on where a killed run was
     python algos/ppo.py --evaluate runs/CartPole-v1__ppo__1__... --eval-episodes 20 --video
 
@@ -128,7 +128,7 @@ class Args:
     ent_coef: float = 0.01
     """weight of the entropy bonus (c2)"""
     vf_coef: float = 0.5
-    """weight of the value loss (c1)"""
+    """weight of the value loss, which is half a squared error (2 c1)"""
     max_grad_norm: float = 0.5
     """largest global norm of the gradient"""
     target_kl: float | None = None

@@ -6,13 +6,15 @@
     python algos/ppo_atari.py --evaluate runs/ALE-Pong-v5__ppo_atari__1__... --video
 
 Papers: Schulman et al. 2017, arXiv:1707.06347 ("PPO" below, whose Atari settings in table 5 are the defaults here, 3
-epochs included); Schulman et al. 2016, arXiv:1506.02438 ("GAE"); the network is the one of Mnih et al. 2015,
-Nature 518; the protocol follows Machado et al. 2018, arXiv:1709.06009.
+epochs included, but that the clipping range stays as it is and the value loss weighs a quarter); Schulman et al. 2016,
+arXiv:1506.02438 ("GAE"); the network is the one of Mnih et al. 2015, Nature 518; sticky actions and no end at a lost
+life are from Machado et al. 2018, arXiv:1709.06009.
 
 Protocol: `ALE/*-v5`, sticky actions with probability 0.25, the game's minimal action set, frame skip 4, 84 x 84
-grayscale, 4 frames stacked. What is reported is the raw score of whole games; only the learner sees the sign of the
-rewards. A lost life does not end an episode, as Machado et al. recommend; `--life-loss` makes it end one for the
-learner, while the game goes on.
+grayscale (the larger of the last two frames), 4 frames stacked; FIRE and up to 30 no-ops at the start, at most 108 000
+frames a game. What is reported is the raw score of whole games; only the learner sees the sign of the rewards. A lost
+life does not end an episode, as Machado et al. recommend; `--life-loss` makes it end one for the learner, while the
+game goes on.
 
 What to notice, coming from `ppo.py`: policy and value share their features, so values come with the actions instead
 of once per rollout; frames are turned into numbers once, when they arrive, with the channels last, and the
@@ -77,7 +79,7 @@ UV = "uv run " if "UV" in os.environ else ""  # how a printed command has to beg
 class Args:
     # The run
     env_id: str = "ALE/Pong-v5"
-    """Gymnasium id of the environment; `package:Name-v0` imports the package first"""
+    """one of the games of ale-py, in the version `ALE/...-v5`"""
     seed: int = 1
     """decides every random number of the run"""
     total_timesteps: int = 10_000_000
@@ -131,7 +133,7 @@ class Args:
     ent_coef: float = 0.01
     """weight of the entropy bonus (c2)"""
     vf_coef: float = 0.5
-    """weight of the value loss (c1)"""
+    """weight of the value loss, which is half a squared error (2 c1)"""
     max_grad_norm: float = 0.5
     """largest global norm of the gradient"""
     target_kl: float | None = None

@@ -1,7 +1,7 @@
 """Proximal policy optimisation (PPO) for vector observations and continuous actions.
 
     python algos/ppo_continuous.py                                  # HalfCheetah-v5, a million steps
-    python algos/ppo_continuous.py --env-id package:Name-v0         # any registered Gymnasium environment
+    python algos/ppo_continuous.py --env-id package:Name-v0         # your own, registered in `package`
     python algos/ppo_continuous.py --resume runs/HalfCheetah-v5__ppo_continuous__1__...
     python algos/ppo_continuous.py --evaluate runs/HalfCheetah-v5__ppo_continuous__1__... --video
 
@@ -125,7 +125,7 @@ class Args:
     ent_coef: float = 0.0
     """weight of the entropy bonus (c2)"""
     vf_coef: float = 0.5
-    """weight of the value loss (c1)"""
+    """weight of the value loss, which is half a squared error (2 c1)"""
     max_grad_norm: float = 0.5
     """largest global norm of the gradient"""
     target_kl: float | None = None

@@ -2,7 +2,7 @@
 
     python algos/reinforce.py                                       # CartPole-v1
     python algos/reinforce.py --no-baseline                         # returns alone, no value network
-    python algos/reinforce.py --env-id package:Name-v0              # any registered Gymnasium environment
+    python algos/reinforce.py --env-id package:Name-v0              # your own, registered in `package`
     python algos/reinforce.py --resume runs/CartPole-v1__reinforce__1__...
     python algos/reinforce.py --evaluate runs/CartPole-v1__reinforce__1__... --eval-episodes 20 --video
 
@@ -17,12 +17,12 @@ is over steps, not over episodes; the factor gamma^t of S&B is left out, as ever
 much as early ones; the baseline is a network of its own, trained by regression on the returns (--no-baseline leaves it
 out); advantages are normalised per update (--no-norm-adv); a bonus for entropy (--ent-coef).
 
-What to notice, coming from `a2c_gae.py`: nothing is estimated from a guess, so nothing is biased by a wrong critic, and
-nothing is learned before an episode ends. A rollout has no fixed length: each environment's steps wait until its
-episode is over. With one environment (the default) no episode is running when the policy changes, and every update is
-exactly on-policy; with several, the episodes that were running then are learned from when they end, as if the new
-policy had acted from their beginning. An episode that a time limit cuts has a future that was not seen: with a
-baseline, V of its real last state stands for it; without, there is nobody to ask, and its returns are too small.
+What to notice: nothing is estimated from a guess, so nothing is biased by a wrong critic, and nothing is learned
+before an episode ends. A rollout has no fixed length: each environment's steps wait until its episode is over. With
+one environment (the default) no episode is running when the policy changes, and every update is exactly on-policy;
+with several, the episodes that were running then are learned from when they end, as if the new policy had acted from
+their beginning. An episode that a time limit cuts has a future that was not seen: with a baseline, V of its real last
+state stands for it; without, there is nobody to ask, and its returns are too small.
 
 What it does not do: environments whose episodes never end, images, continuous actions, memory, action masks. At a
 checkpoint, which comes after an update, running episodes are dropped, as are those at the end of the run that are too

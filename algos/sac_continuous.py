@@ -22,12 +22,13 @@ lander stands on the pad and 90 points are coming, the critics of three such run
 smaller one, and correlated noise, helped some seeds and harmed others. With the defaults' 256 units and batches of 256,
 half an update for every step, both learning rates at 7e-4 and 10 000 random steps at first, most runs land.
 
-What to notice, coming from `dqn.py`: a maximum over continuous actions cannot be looked up, so a second network, the
-actor, learns it, as a distribution; the target is soft: what it maximises is reward plus alpha times entropy; of two
-critics the smaller one counts, because a maximum over noisy values is too large. Coming from `ppo_continuous.py`: the
-Gaussian is squashed by tanh, which changes its density (`tanh_log_prob`), and its width depends on the state.
+What to notice, coming from `sac_discrete.py`: neither a sum nor a maximum over continuous actions can be looked up,
+so one action is drawn where that file sums over all, and the actor learns through the critics, whose gradient says
+where a better action lies. The target is as soft, and of the two critics the smaller one counts here too, because a
+maximum over noisy values is too large. Coming from `ppo_continuous.py`: the Gaussian is squashed by tanh, which
+changes its density (`tanh_log_prob`), and its width depends on the state.
 
-What it does not do: images, discrete actions (`sac_discrete.py`, which to read next), normalised observations.
+What it does not do: images, discrete actions (`sac_discrete.py`), normalised observations.
 Scores: docs/BENCHMARKS.md.
 
 The file is long because it repeats all that a script needs to stand alone: from "the run" to "training" the text is

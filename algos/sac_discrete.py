@@ -33,11 +33,11 @@ much as a landing; so it begins at 0.2 here.
 
 What to notice, coming from `dqn.py`: a policy of its own takes the place of epsilon-greedy, so how random an action is
 depends on how much it matters; the maximum over next actions becomes a soft one, an expectation plus alpha times the
-entropy; the target network follows with every update. Coming from `sac_continuous.py`: with few actions every
-expectation over them is a sum (`soft_values`), with no noise, and as no gradient flows through the critics into the
-actor, one backward pass does it all.
+entropy; the target network follows with every update. With few actions every expectation over them is a sum
+(`soft_values`), with no noise, and as no gradient flows through the critics into the actor, one backward pass does it
+all.
 
-What it does not do: images, continuous actions (`sac_continuous.py`), normalised observations.
+What it does not do: images, continuous actions (`sac_continuous.py`, which to read next), normalised observations.
 Scores: docs/BENCHMARKS.md.
 
 The file is long because it repeats all that a script needs to stand alone: from "the run" to "training" the text is

@@ -2,7 +2,7 @@
 
     python algos/sarsa.py                                           # CartPole-v1
     python algos/sarsa.py --exploration boltzmann                   # actions drawn from softmax(Q / tau)
-    python algos/sarsa.py --env-id package:Name-v0                  # any registered Gymnasium environment
+    python algos/sarsa.py --env-id package:Name-v0                  # your own, registered in `package`
     python algos/sarsa.py --resume runs/CartPole-v1__sarsa__1__...
     python algos/sarsa.py --evaluate runs/CartPole-v1__sarsa__1__... --eval-episodes 20 --video
 
@@ -19,9 +19,9 @@ of gradient descent after each action; layer normalisation in the network, which
 that later methods need (Gallici et al. 2024, "Simplifying Deep Temporal Difference Learning", arXiv:2407.04811); no
 eligibility traces; exploration falls linearly in the first part of the run.
 
-What to notice, coming from `dqn.py`: no replay and no target network. What is learned from is what the present
-network has just done, so a' is at hand; it is drawn before Q is updated and taken after it, also where a rollout ends,
-and nowhere is an action learned from that is not taken. Two exceptions: where a time limit cuts an episode, the action
+What to notice: there is neither a replay nor a target network. What is learned from is what the present network has
+just done, so a' is at hand; it is drawn before Q is updated and taken after it, also where a rollout ends, and
+nowhere is an action learned from that is not taken. Two exceptions: where a time limit cuts an episode, the action
 that would have come next is drawn for its real last observation (a termination has no next action); and at a
 checkpoint the environments are made anew, so the last action is drawn anew too.
 
