@@ -120,6 +120,14 @@ def settings(rows: list[dict[str, str]]) -> set[tuple[str, str]]:
     return {(row["steps"], row.get("flags", "")) for row in rows}
 
 
+def difference_of(a: list[dict[str, str]], b: list[dict[str, str]]) -> str:
+    """What is not the same of two sides with other settings: the steps, or else the flags."""
+    steps = [", ".join(sorted({report.whole(int(row["steps"])) for row in rows})) for rows in (a, b)]
+    if steps[0] != steps[1]:
+        return f"A had {steps[0]} steps, B {steps[1]}"
+    return "the flags are not the same on both sides"
+
+
 def compare(args: Args) -> list[str]:
     sides = [read_side(name) for name in (args.a, args.b)]
     by = ["env"] if "" in {row["suite"] for side in sides for row in side} else ["suite", "env"]
@@ -132,7 +140,7 @@ def compare(args: Args) -> list[str]:
     for key in (key for key in a if key in b):
         label, new = " ".join(part for part in key if part), [row for row in b[key] if row not in a[key]]
         if not new:
-            notes.append(f"{label}: left out, all runs of B are A's.")
+            notes.append(f"{label}: left out, both sides have the same runs.")
             continue
         if len(new) < len(b[key]):
             notes.append(f"{label}: {len(b[key]) - len(new)} runs are on both sides and count as A's.")
@@ -141,7 +149,7 @@ def compare(args: Args) -> list[str]:
             notes.append(f"{label}: left out, there is no {args.measure} for {'B' if len(x) else 'A'}.")
             continue
         if settings(a[key]) != settings(b[key]):
-            notes.append(f"{label}: steps or flags are not the same on both sides.")
+            notes.append(f"{label}: {difference_of(a[key], b[key])}.")
         word, found = verdict(x, y)
         value, interval = stats.improvement([y], [x])
         difference = report.form(y.mean() - x.mean()) + report.between(stats.difference_interval(x, y))

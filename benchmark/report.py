@@ -318,9 +318,11 @@ def aggregate_section(of: Table) -> list[str]:
     if not scores:
         return []
     rows, total = [], len(of.environments())
+    budget = {(cell.algo, cell.entry.env): cell.entry.steps for cell in of.cells}
     for algo, by_env in scores.items():
         value, interval = stats.iqm_interval(list(by_env.values()))
         shared = [env for env in by_env if env in scores.get(BASELINE, {})]
+        shared = [env for env in shared if budget[algo, env] == budget[BASELINE, env]]
         cells = [f"`{algo}`", f"{len(by_env)} of {total}", str(sum(map(len, by_env.values())))]
         cells.append(f"**{value:.2f}**" + fractions(interval))
         if algo == BASELINE or not shared:
@@ -338,7 +340,8 @@ def aggregate_section(of: Table) -> list[str]:
     files = [plot_name(of.suite.name, "iqm"), plot_name(of.suite.name, "profile")]
     return [
         f"Over environments, with training returns on one scale, {how} Rows with different environments cannot be "
-        f"ranked by their means; the probability that a run scores above one of `{BASELINE}` is over shared ones.",
+        f"ranked by their means; the probability that a run scores above one of `{BASELINE}` is over those that "
+        "both learned with the same number of steps.",
         "",
         *table(
             ["algorithm", "environments", "runs", "interquartile mean", f"P(above `{BASELINE}`)", "on"],

@@ -50,7 +50,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from benchmark.suites import SCRIPTS, Entry, SuiteError, load, run_folder, takes, why_stale
+from benchmark.suites import SCRIPTS, Entry, SuiteError, load, run_folder, suite_names, takes, why_stale
 
 TICK, LOOK, TELL = 0.1, 1.0, 60.0  # seconds between two looks at the processes, at the folders; between two plain lines
 PATIENCE = 20.0  # seconds that a job has to end after SIGINT
@@ -600,7 +600,7 @@ def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     check(args)
     if not args.suites:
-        fail("name at least one suite; --help lists what there is to say")
+        fail(f"name at least one suite: {', '.join(suite_names())}, or the path of a TOML file; --help says the rest")
     try:
         jobs = make_jobs(args)
     except SuiteError as error:

@@ -265,13 +265,18 @@ def read_entry(row: dict, where: str, scripts: Path) -> Entry:
     return Entry(**row | {"target": float(row["target"]), "flags": flags})
 
 
+def suite_names() -> list[str]:
+    return sorted(file.stem for file in SUITES.glob("*.toml"))
+
+
 def load(name_or_path: str | Path, scripts: Path = SCRIPTS) -> Suite:
     """A suite by its name in benchmark/suites/ or by the path of a TOML file, checked from end to end."""
-    path, there = Path(name_or_path), sorted(file.stem for file in SUITES.glob("*.toml"))
+    path = Path(name_or_path)
     if path.suffix != ".toml":
         path = SUITES / f"{name_or_path}.toml"
-        if str(name_or_path) not in there:
-            raise SuiteError(f"there is no suite {name_or_path}; there are {', '.join(there)}, or paths of TOML files")
+        if str(name_or_path) not in suite_names():
+            there = ", ".join(suite_names())
+            raise SuiteError(f"there is no suite {name_or_path}; there are {there}, or paths of TOML files")
     try:
         content = tomllib.loads(path.read_text())
     except (OSError, ValueError) as error:

@@ -69,7 +69,9 @@ def copy(source: Path, names: list[str], folder: Path = ALGOS) -> list[str]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
+    if any(word.startswith("-") for word in sys.argv[1:]):
+        print(__doc__)
+    elif len(sys.argv) == 1:
         print("\n".join(drift()) or "no drift")
     else:
         print("\n".join(copy(Path(sys.argv[1]).resolve(), sys.argv[2:])) or "nothing to copy")

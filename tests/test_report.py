@@ -450,6 +450,19 @@ def test_scores_are_on_one_scale(house, call):
     assert "| `dqn` | 1 of 1 | 1 | **1.00** | 0.50 | CartPole-v1 |" in page(house)
 
 
+def test_runs_of_other_lengths_are_not_ranked(house, call):
+    path = house.suites / "toys.toml"
+    head, dqn = path.read_text().split('script = "dqn"')
+    assert dqn.count("steps =") == 1
+    path.write_text(head + 'script = "dqn"' + re.sub(r"steps = \w+", "steps = 2000", dqn))
+    house.suite = suites.load(path)
+    make_run(house, entry=0, seed=1)
+    make_run(house, entry=2, seed=1)
+    call(report, *house.words)
+    assert "| `dqn` | 1 of 1 | 1 |" in page(house) and "| – | – |" in page(house)
+    assert "0.50 | CartPole-v1 |" not in page(house)
+
+
 def test_a_target_that_a_random_policy_reaches_gives_no_scale(house):
     (house.suites / "toys.toml").write_text(SUITE.replace("475", "22.97").replace("400", "22.97"))
     of = report.read_table(suites.load(house.suites / "toys.toml"), house.results)
@@ -738,17 +751,17 @@ def test_compare_counts_a_run_once(tmp_path, call):
     assert verdicts(done.out) == {"A-v0 x": "better"} and "| 4, 4 |" in done.out
     assert "4 runs are on both sides and count as A's" in done.out
     done = call(compare, a, a)
-    assert done.code == 0 and "left out, all runs of B are A's" in done.out and verdicts(done.out) == {}
+    assert done.code == 0 and "left out, both sides have the same runs" in done.out and verdicts(done.out) == {}
     assert "Nothing to compare" in done.out and "Rule:" not in done.out
 
 
 def test_compare_says_when_settings_differ(tmp_path, call):
     a = write(tmp_path / "a.csv", {("A-v0", "x"): LOW})
-    assert (
-        "steps or flags are not the same" not in call(compare, a, write(tmp_path / "b.csv", {("A-v0", "x"): LOW})).out
-    )
+    assert "not the same" not in call(compare, a, write(tmp_path / "b.csv", {("A-v0", "x"): LOW})).out
     b = write(tmp_path / "b.csv", {("A-v0", "x"): LOW}, flags="--gamma 0.5")
-    assert "A-v0 x: steps or flags are not the same" in call(compare, a, b).out
+    assert "A-v0 x: the flags are not the same" in call(compare, a, b).out
+    b = write(tmp_path / "b.csv", {("A-v0", "x"): LOW}, steps="2000000")
+    assert "A-v0 x: A had 1 000 steps, B 2 000 000." in call(compare, a, b).out
 
 
 def test_compare_takes_other_measures(tmp_path, call):
