@@ -399,7 +399,7 @@ def suite_section(of: Table, reference: list[dict[str, str]], random: dict[str, 
         ]
     if of.hidden:
         lines += [f"Not shown: {of.hidden} runs with steps, flags or an entry that the suite no longer has.", ""]
-    what = "All runs of this suite that `runs/`, which is not in git, does not hold"
+    what = "To make the runs of this suite that your `runs/` does not hold (in a fresh clone all: it is not in git)"
     return [*lines, f"{what}: `python benchmark/run.py {suite.name}`", ""]
 
 
@@ -435,7 +435,7 @@ lost. [How to read this page, and how to add to it](benchmarking.md).
 seeds with its 95 % bootstrap interval, the median, the worst and the best seed. *Evaluation*: greedy, after training,
 in the same form. *Target*: what the mean training return has to reach. *Minutes* and *steps/s*: medians over seeds of
 training alone, beside whatever else the machine was doing. *Script changed since*: its code, comments and docstrings
-aside, is not what it was in these runs, and no run that was repeated with it has shown that they would be the same.
+aside, is not what it was in these runs, and no repeated run has shown yet that this leaves the numbers as they are.
 *Uncommitted changes*: the commit alone does not give the code of these runs.
 
 Published scores stand beside the measure of ours that is nearest to theirs; they are theirs, not rerun here, and the
