@@ -7,14 +7,15 @@
 
 Papers: Schulman et al. 2017, arXiv:1707.06347 ("PPO" below, whose Atari settings in table 5 are the defaults here, 3
 epochs included, but that the clipping range stays as it is and the value loss weighs a quarter); Schulman et al. 2016,
-arXiv:1506.02438 ("GAE"); the network is the one of Mnih et al. 2015, Nature 518; sticky actions and no end at a lost
-life are from Machado et al. 2018, arXiv:1709.06009.
+arXiv:1506.02438 ("GAE"); the network is the one of Mnih et al. 2015, Nature 518, from which also comes that a lost
+life ends an episode; sticky actions are from Machado et al. 2018, arXiv:1709.06009.
 
 Protocol: `ALE/*-v5`, sticky actions with probability 0.25, the game's minimal action set, frame skip 4, 84 x 84
 grayscale (the larger of the last two frames), 4 frames stacked; FIRE and up to 30 no-ops at the start, at most 108 000
-frames a game. What is reported is the raw score of whole games; only the learner sees the sign of the rewards. A lost
-life does not end an episode, as Machado et al. recommend; `--life-loss` makes it end one for the learner, while the
-game goes on.
+frames a game. What is reported is the raw score of whole games; only the learner sees the sign of the rewards, and an
+end of the episode where a life is lost, while the game goes on. Machado et al. recommend against that end
+(`--no-life-loss`), since it tells the learner something about the game; on Breakout the last 100 games of 300 000 steps
+had 9.6 and 9.3 with it (seeds 101 and 102), 4.9 and 7.3 without.
 
 What to notice, coming from `ppo.py`: policy and value share their features, so values come with the actions instead
 of once per rollout; frames are turned into numbers once, when they arrive, with the channels last, and the
@@ -104,7 +105,7 @@ class Args:
     """steps between checkpoints; 0 for a tenth of the run. Each cuts the running episodes, which then do not count"""
 
     # The environment
-    life_loss: bool = False
+    life_loss: bool = True
     """a lost life ends the episode for the learner (the game goes on)"""
 
     # The algorithm
