@@ -80,7 +80,7 @@ UV = "uv run " if "UV" in os.environ else ""  # how a printed command has to beg
 class Args:
     # The run
     env_id: str = "ALE/Pong-v5"
-    """one of the games of ale-py, in the version `ALE/...-v5`"""
+    """Gymnasium id of the environment; `package:Name-v0` imports the package first"""
     seed: int = 1
     """decides every random number of the run"""
     total_timesteps: int = 10_000_000
