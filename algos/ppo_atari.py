@@ -23,9 +23,10 @@ convolutions run in bfloat16 by default (`--no-bf16`), while weights, heads and 
 
 What is not in the papers: from each pixel its running mean is taken, and all are divided by the one standard deviation
 that is left (`--no-norm-obs` for pixels from 0 to 1). A ball is four pixels on a background that says nothing, and as
-the pixels come, the background is most of what the network sees. On Pong under these flags the mean return was -9.5
-after 900 000 steps and still after 1.8 million without it; with it, three of three were above -5 by 400 000 at most.
-The best setting without it (four epochs, clip-coef 0.2, 5e-4) reached 0 after 800 000 steps on one seed of two.
+the pixels come, the background is most of what the network sees. On Pong under these flags the mean return without it
+was -9.5 after 900 000 steps and no better after 1.8 million (one run); with it, three runs of three were above -5 by
+400 000. The best setting without it (four epochs, clip-coef 0.2, 5e-4) reached 0 after 800 000 steps on one seed of
+two.
 
 What it does not do: memory, other image environments than ALE. Scores: docs/BENCHMARKS.md.
 
