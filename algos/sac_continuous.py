@@ -25,8 +25,8 @@ half an update for every step, both learning rates at 7e-4 and 10 000 random ste
 On BipedalWalker-v3 it stands still first: a fall costs 100, and before walking has ever paid, the temperature has
 fallen from 1 to 0.003 and little is tried. With the flags of the benchmark three runs began to walk after 73 000,
 98 000 and 118 000 steps. With half the units and half the batch two had not after 111 000 and 175 000, nor had one with
-the temperature fixed at 0.1 and correlated noise after 260 000; one whose learning rates fell from the beginning stood
-still until 140 000.
+the temperature fixed at 0.1 and correlated noise after 260 000; but their learning rates fell from the beginning, and
+with that a run that was else the benchmark's stood still until 140 000, too.
 
 What to notice, coming from `sac_discrete.py`: neither a sum nor a maximum over continuous actions can be looked up,
 so one action is drawn where that file sums over all, and the actor learns through the critics, whose gradient says
