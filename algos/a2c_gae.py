@@ -504,8 +504,8 @@ class Run:
     def check_finite(self, *tensors: Tensor) -> None:
         if not all(tensor.isfinite().all() for tensor in tensors):
             self.bar.close()
-            hint = "its last checkpoint is kept. " if self.last_saved else ""
-            hint += "If all rewards and observations were finite, a smaller --learning-rate may help"
+            hint = "its last checkpoint is kept; " if self.last_saved else ""
+            hint += "if all rewards and observations were finite, a smaller learning rate may help"
             fail(f"{self.path} diverged after step {self.step}: loss or weights are not finite; {hint}", code=3)
 
     def finish(self, agent: nn.Module) -> None:
@@ -740,7 +740,8 @@ def main() -> None:
         print(f"\nstopped{hint if is_unfinished else ''}", file=sys.stderr)
         raise SystemExit(130) from None
     except OSError as error:
-        fail(f"{error}; what was saved before is intact. To go on: --resume {shlex.quote(args.run_dir)}")
+        hint = f"; what was saved before is intact. To go on: --resume {shlex.quote(args.run_dir)}"
+        fail(f"{error}{'' if args.evaluate else hint}")
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ Papers: Mnih et al. 2016, arXiv:1602.01783 ("A3C" below); Schulman et al. 2016, 
 equation and what differs from the papers are those of `a2c_gae.py`; further, the paper's Gaussian has a variance that
 depends on the state, and this one has not.
 
-What to notice, coming from `a2c_gae.py`: the policy is a mean and a `log_std`; actions are in units of the action
-space (-1 is its lower bound, 1 its upper one), so that one initial `log_std` suits every environment; what lies beyond
-is clipped when it is taken, not when its probability is computed. Observations are normalised by running statistics
-and rewards are scaled by the running deviation of the discounted return; both statistics are buffers of the agent,
-saved with its weights. Those of the observations change only after the update: the policy that is improved is the one
-that acted.
+What to notice, coming from `a2c_gae.py`: the policy is a mean and a `log_std`; actions are in units of the action space
+(-1 is its lower bound, 1 its upper one), so that an initial `log_std` means the same in every environment; what lies
+beyond is clipped when it is taken, not when its probability is computed. Observations are normalised by running
+statistics and rewards are scaled by the running deviation of the discounted return; both statistics are buffers of the
+agent, saved with its weights. Those of the observations change only after the update: the policy that is improved is
+the one that acted.
 
 Why Pendulum-v1 is learned here, where A2C is known to fail: an action beyond the bounds is clipped, so once the mean is
 far beyond them all actions are the same, no advantage depends on the noise, and the gradient has no direction. The mean
@@ -569,8 +569,8 @@ class Run:
     def check_finite(self, *tensors: Tensor) -> None:
         if not all(tensor.isfinite().all() for tensor in tensors):
             self.bar.close()
-            hint = "its last checkpoint is kept. " if self.last_saved else ""
-            hint += "If all rewards and observations were finite, a smaller --learning-rate may help"
+            hint = "its last checkpoint is kept; " if self.last_saved else ""
+            hint += "if all rewards and observations were finite, a smaller learning rate may help"
             fail(f"{self.path} diverged after step {self.step}: loss or weights are not finite; {hint}", code=3)
 
     def finish(self, agent: nn.Module) -> None:
@@ -814,7 +814,8 @@ def main() -> None:
         print(f"\nstopped{hint if is_unfinished else ''}", file=sys.stderr)
         raise SystemExit(130) from None
     except OSError as error:
-        fail(f"{error}; what was saved before is intact. To go on: --resume {shlex.quote(args.run_dir)}")
+        hint = f"; what was saved before is intact. To go on: --resume {shlex.quote(args.run_dir)}"
+        fail(f"{error}{'' if args.evaluate else hint}")
 
 
 if __name__ == "__main__":

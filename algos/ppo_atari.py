@@ -11,22 +11,22 @@ arXiv:1506.02438 ("GAE"); the network is the one of Mnih et al. 2015, Nature 518
 life ends an episode; sticky actions are from Machado et al. 2018, arXiv:1709.06009.
 
 Protocol: `ALE/*-v5`, sticky actions with probability 0.25, the game's minimal action set, frame skip 4, 84 x 84
-grayscale (the larger of the last two frames), 4 frames stacked; FIRE and up to 30 no-ops at the start, at most 108 000
-frames a game. What is reported is the raw score of whole games; only the learner sees the sign of the rewards, and an
-end of the episode where a life is lost, while the game goes on. Machado et al. recommend against that end
+grayscale (the larger of the last two frames), 4 frames stacked; FIRE and fewer than 30 no-ops at the start, at most
+108 000 frames a game. What is reported is the raw score of whole games; only the learner sees the sign of the rewards,
+and an end of the episode where a life is lost, while the game goes on. Machado et al. recommend against that end
 (`--no-life-loss`), since it tells the learner something about the game; on Breakout the last 100 games of 300 000 steps
 had 9.6 and 9.3 with it (seeds 101 and 102), 4.9 and 7.3 without.
 
-What to notice, coming from `ppo.py`: policy and value share their features, so values come with the actions instead
-of once per rollout; frames are turned into numbers once, when they arrive, with the channels last, and the
-convolutions run in bfloat16 by default (`--no-bf16`), while weights, heads and losses stay in float32.
+What to notice, coming from `ppo.py`: policy and value share their features, so values come with the actions instead of
+once per rollout; frames are turned into numbers once, when they arrive, with the channels last, and the layers that
+they share run in bfloat16 by default (`--no-bf16`), while weights, heads and losses stay in float32.
 
-What is not in the papers: from each pixel its running mean is taken, and all are divided by the one standard deviation
-that is left (`--no-norm-obs` for pixels from 0 to 1). A ball is four pixels on a background that says nothing, and as
-the pixels come, the background is most of what the network sees. On Pong under these flags the mean return without it
-was -9.5 after 900 000 steps and no better after 1.8 million (one run); with it, three runs of three were above -5 by
-400 000. The best setting without it (four epochs, clip-coef 0.2, 5e-4) reached 0 after 800 000 steps on one seed of
-two.
+What is not in the papers, beside the details that `ppo.py` names: from each pixel its running mean is taken, and all
+are divided by the one standard deviation that is left (`--no-norm-obs` for pixels from 0 to 1). A ball is four pixels
+on a background that says nothing, and as the pixels come, the background is most of what the network sees. On Pong
+under these flags the mean return without it was -9.5 after 900 000 steps and no better after 1.8 million (one run);
+with it, three runs of three were above -5 by 400 000. The best setting without it (four epochs, clip-coef 0.2, 5e-4)
+reached 0 after 800 000 steps on one seed of two.
 
 What it does not do: memory, other image environments than ALE. Scores: docs/BENCHMARKS.md.
 
@@ -145,7 +145,7 @@ class Args:
 
     # Speed
     bf16: bool = True
-    """convolutions in bfloat16 (weights, losses and heads stay in float32)"""
+    """the layers before the heads in bfloat16 (weights, heads and losses stay in float32)"""
 
 
 LIMITS = {  # flag: smallest and largest value
@@ -390,7 +390,7 @@ def start_envs(args: Args, seeds: list[int], render: bool = False) -> tuple[gym.
     """One game per seed in ALE's native vector environment, and their first observations (N, 4, 84, 84), bytes.
 
     Sticky actions (0.25), frame skip 4, the maximum of the last two frames, grayscale, the last 4 of these. A game
-    starts with FIRE, where it has that button, and up to 30 no-ops, and is cut after 108,000 frames. One that ends
+    starts with FIRE, where it has that button, and fewer than 30 no-ops; it is cut after 108,000 frames. One that ends
     restarts in the same step: its last observation is in infos["final_obs"]. Rewards are raw.
     """
     games = [name for name in gym.registry if name.startswith("ALE/")]
@@ -578,8 +578,8 @@ class Run:
     def check_finite(self, *tensors: Tensor) -> None:
         if not all(tensor.isfinite().all() for tensor in tensors):
             self.bar.close()
-            hint = "its last checkpoint is kept. " if self.last_saved else ""
-            hint += "If all rewards and observations were finite, a smaller --learning-rate may help"
+            hint = "its last checkpoint is kept; " if self.last_saved else ""
+            hint += "if all rewards and observations were finite, a smaller learning rate may help"
             fail(f"{self.path} diverged after step {self.step}: loss or weights are not finite; {hint}", code=3)
 
     def finish(self, agent: nn.Module) -> None:
@@ -829,7 +829,8 @@ def main() -> None:
         print(f"\nstopped{hint if is_unfinished else ''}", file=sys.stderr)
         raise SystemExit(130) from None
     except OSError as error:
-        fail(f"{error}; what was saved before is intact. To go on: --resume {shlex.quote(args.run_dir)}")
+        hint = f"; what was saved before is intact. To go on: --resume {shlex.quote(args.run_dir)}"
+        fail(f"{error}{'' if args.evaluate else hint}")
 
 
 if __name__ == "__main__":

@@ -434,7 +434,7 @@ lost. [How to read this page, and how to add to it](benchmarking.md).
 *Training return*: the mean of a run's last 100 training episodes, exploring as the agent does, then the mean over
 seeds with its 95 % bootstrap interval, the median, the worst and the best seed. *Evaluation*: greedy, after training,
 in the same form. *Target*: what the mean training return has to reach. *Minutes* and *steps/s*: medians over seeds of
-training alone, beside whatever else the machine was doing. *Script changed since*: its code, comments and docstrings
+training alone, beside whatever else the machine was doing. *Script changed since*: its code, texts and messages
 aside, is not what it was in these runs, and no repeated run has shown yet that this leaves the numbers as they are.
 *Uncommitted changes*: the commit alone does not give the code of these runs.
 

@@ -19,8 +19,8 @@ What becomes of a run folder that is there:
     unfinished and stale            moved aside and made anew: its second half would not be what its first half was
     being made by another runner    left to it, and looked at again when it is done there
 
-Stale means that its flags are not the entry's, or that the script's code has changed since (docstrings and comments may
-change). Nothing is ever deleted.
+Stale means that its flags are not the entry's, or that the script's code has changed since (docstrings, comments
+and what it says when it fails may change). Nothing is ever deleted.
 
 A run that fails (an exit code other than 0, no result, no sign of life) does not stop the others. Ctrl-C and SIGTERM
 stop all of them; so does the death of the runner, even by kill -9. The same command then goes on. Exit code: 0 when

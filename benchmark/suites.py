@@ -107,20 +107,29 @@ def run_folder(runs: Path, suite: str, entry: Entry, seed: int) -> Path:
 
 @cache
 def code_hash(source: str) -> str:
-    """Of what a script does: its syntax tree without docstrings, so that an edit of a text or a comment changes
-    nothing. Empty fields are left out, because each Python version adds some."""
+    """Of what decides a script's results: its syntax tree without docstrings, so that an edit of a text or a comment
+    changes nothing, and without what it says when it fails, which ends in no result: what `fail` is called with, and
+    each `hint` put together before. Empty fields are left out, because each Python version adds some."""
 
     def form(node) -> str:
         if isinstance(node, list):
-            texts = (x for x in node if not (isinstance(x, ast.Expr) and is_text(x.value)))
-            return "[" + ",".join(map(form, texts)) + "]"
+            return "[" + ",".join(form(x) for x in node if not is_text(x) and not is_hint(x)) + "]"
         if not isinstance(node, ast.AST):
             return repr(node)
+        if isinstance(node, ast.Call) and is_name(node.func, "fail"):
+            return "fail()"
         fields = ((name, value) for name, value in ast.iter_fields(node) if value is not None and value != [])
         return type(node).__name__ + "(" + ",".join(f"{name}={form(value)}" for name, value in fields) + ")"
 
     def is_text(node) -> bool:
-        return isinstance(node, ast.Constant) and isinstance(node.value, str)
+        return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+    def is_hint(node) -> bool:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        return isinstance(node, ast.Assign | ast.AugAssign) and all(is_name(target, "hint") for target in targets)
+
+    def is_name(node, name: str) -> bool:
+        return isinstance(node, ast.Name) and node.id == name
 
     return hashlib.sha256(form(ast.parse(source)).encode()).hexdigest()[:16]
 

@@ -551,6 +551,16 @@ def test_evaluate_of_a_damaged_agent(script, finished, copy, call):
         assert contents(folder) == before
 
 
+def test_evaluate_where_no_film_can_be_written(script, finished, copy, call):
+    """One line, and nothing of a run that could go on: this one is finished."""
+    folder = copy(finished.folder)
+    (folder / "videos").write_text("a file where the folder has to be")
+    before = contents(folder)
+    done = call(script, "--evaluate", folder, "--video")
+    is_one_error(done, "videos")
+    assert "--resume" not in done.err and contents(folder) == before
+
+
 # ------------------------------------------------------------------------------------------- resume from what is broken
 
 

@@ -76,6 +76,15 @@ def test_sections_have_one_order(script):
     assert list(lines)[-2:] == ["train", "main"] and ast.unparse(body[-1]).startswith("if __name__ == '__main__'")
 
 
+def test_flags_that_a_script_names_are_its_own(script):
+    """In its manual, its messages and its comments; those of git and TensorBoard are left out."""
+    fields = next(node.body for node in tree(script).body if isinstance(node, ast.ClassDef) and node.name == "Args")
+    flags = {node.target.id.replace("_", "-") for node in fields if isinstance(node, ast.AnnAssign)}
+    others = set("abbrev always dirty exclude logdir".split())
+    named = set(re.findall(r"(?<![\w-])--((?:no-)?[a-z][a-z0-9-]+)", text(script)))
+    assert {name for name in named - others if not flags & {name, name.removeprefix("no-")}} == set() and flags & named
+
+
 def test_the_map_shows_every_script_and_no_score():
     """algos/README.md: each file once in the table and once in the drawing; numbers stand in README.md alone."""
     page = (ROOT / "algos" / "README.md").read_text()

@@ -157,6 +157,27 @@ def test_code_hash_sees_code(old, new):
     assert suites.code_hash(CODE.replace(old, new)) != suites.code_hash(CODE) and old in CODE
 
 
+FAILING = """
+def check(x):
+    if x > 1:
+        hint = "less"
+        hint += " please"
+        fail(f"{x} is too much; {hint}", code=3)
+    print("x is 1", file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("old, new", [("too much", "more than 1"), (" please", "!"), ("less", "1"), (", code=3", "")])
+def test_code_hash_does_not_see_why_a_run_failed(old, new):
+    """A run that ended so has no result that could have been another."""
+    assert suites.code_hash(FAILING.replace(old, new)) == suites.code_hash(FAILING) and old in FAILING
+
+
+@pytest.mark.parametrize("old, new", [("x > 1", "x > 2"), ("fail(", "print("), ("is 1", "is 2"), ("hint =", "x =")])
+def test_code_hash_sees_when_a_run_fails(old, new):
+    assert suites.code_hash(FAILING.replace(old, new)) != suites.code_hash(FAILING) and old in FAILING
+
+
 def test_code_hash_is_the_same_in_every_python():
     """A changed value here means that every row of the results would be called changed."""
     assert suites.code_hash(CODE) == "6549e4a2e03feecf"
