@@ -23,8 +23,8 @@ smaller one, and correlated noise, helped some seeds and harmed others. With the
 half an update for every step, both learning rates at 7e-4 and 10 000 random steps at first, most runs land.
 
 On BipedalWalker-v3 it stands still first: a fall costs 100, and before walking has ever paid, the temperature has
-fallen from 1 to 0.003 and little is tried. With the flags of the benchmark three runs began to walk after 73 000,
-98 000 and 118 000 steps. With half the units and half the batch two had not after 111 000 and 175 000, nor had one with
+fallen from 1 to 0.003 and little is tried. With the flags of the benchmark five runs began to walk after 73 000
+to 140 000 steps. With half the units and half the batch two had not after 111 000 and 175 000, nor had one with
 the temperature fixed at 0.1 and correlated noise after 260 000; but their learning rates fell from the beginning, and
 with that a run that was else the benchmark's stood still until 140 000, too.
 
