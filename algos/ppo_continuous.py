@@ -21,6 +21,11 @@ What to notice, coming from `ppo.py`: the policy is a mean and a `log_std`; acti
 HalfCheetah episode never terminates, it is cut after 1000 steps: bootstrapping from its last observation (`gae`) is
 what lets the value function see that the future goes on.
 
+Normalised advantages make a step as large where all actions are as good as each other as where they are not. Once
+InvertedDoublePendulum-v5 is balanced, what is normalised is the critic's error: four of nine runs ended below 7100 of
+some 9300, and without it (`--no-norm-adv`) none of eight below 8300. On HalfCheetah-v5 no difference was found (four
+seeds each, 5532 and 5406 on average).
+
 What differs from the usual implementation: as in `ppo.py`. What it does not do: images, discrete actions, squashed
 or state-dependent deviations. Read next: `ppo_atari.py`. Scores: docs/BENCHMARKS.md.
 
