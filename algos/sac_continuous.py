@@ -34,8 +34,8 @@ where a better action lies. The target is as soft, and of the two critics the sm
 maximum over noisy values is too large. Coming from `ppo_continuous.py`: the Gaussian is squashed by tanh, which
 changes its density (`tanh_log_prob`), and its width depends on the state.
 
-`--bf16` takes the matrix products in bfloat16, which is much faster on a CPU that has it. On HalfCheetah-v5 the last
-20 episodes of 100 000 steps had 3406, 4553 and 5930 with it and 4234, 4367 and 4673 without (seeds 101 to 103).
+Matrix products in bfloat16 (`--bf16`) are much faster on a CPU that has them. On HalfCheetah-v5 the last 20 episodes of
+100 000 steps had 3406, 4553 and 5930 with it and 4234, 4367 and 4673 without (seeds 101 to 103).
 
 What it does not do: images, discrete actions (`sac_discrete.py`), normalised observations.
 Scores: docs/BENCHMARKS.md.
