@@ -410,9 +410,14 @@ def double_dqn_loss(
 
 
 def double_dqn_gradient(agent: Agent, target: Agent, *batch: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of `double_dqn_loss` into the parameters; returns the METRICS (2,) and the |TD errors| (B,)."""
+    """The gradient of `double_dqn_loss` into the parameters, in place of the last one.
+
+    Returns the METRICS (2,) and the |TD errors| (B,).
+    """
     loss, metrics, errors = double_dqn_loss(agent, target, *batch)
-    loss.backward()
+    parameters = list(agent.parameters())
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        parameter.grad = gradient
     return metrics, errors
 
 
@@ -856,7 +861,6 @@ def train(args: Args) -> None:
             for _ in range(rounds * args.gradient_steps):
                 rows, weights = priorities.sample(args.batch_size, beta)
                 batch = n_step_batch(replay, rows, args.n_step, args.gamma, args.device)
-                optimizer.zero_grad()
                 metrics, errors = gradient_fn(agent, target, *batch, torch.from_numpy(weights).to(args.device))
                 optimizer.step()
                 priorities.update(rows, errors.cpu().numpy())

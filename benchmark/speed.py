@@ -12,12 +12,13 @@ Nothing else should be running on the machine.
 Speed (the default): alone, our script has its own defaults. With a peer the runs alternate, each pair gives a ratio,
 and our script is given the hyperparameters of CleanRL's script (PRESETS). Stable-Baselines3 has no scripts; a few lines
 here call its class with the same ones, or, with --peer-defaults (PPO), both sides have those of its constructor.
-"Training" is without start-up and imports: ours by result.json, with its checkpoints; CleanRL's by the last SPS it
-prints (all steps over the time since just before its first reset); SB3's around learn(). Where a replay is filled
-first, the steps before the first update do not count: ours is measured from the end of the first episode after it to
-the end of the last, which also leaves out the time in which --compile compiles; of a peer these steps are subtracted,
-and their time, a thousandth, is not. "Whole process" is from outside; of ours it includes saving the agent and one
-evaluation episode.
+"Training" is without start-up and imports: ours by result.json; CleanRL's by the last SPS it prints (all steps over the
+time since just before its first reset); SB3's around learn(). The peers save no checkpoints; those of a script in
+PRESETS are as far apart as in a run of CleanRL's length, so a short run has none. Where a replay is filled first, the
+steps before the first update do not count: ours is measured from the end of the first episode after it to the end of
+the last, which also leaves out the time in which --compile compiles; of a peer these steps are subtracted, and their
+time, a thousandth, is not. "Whole process" is from outside; of ours it includes saving the agent and one evaluation
+episode.
 
 --profile: one more run of ours, with a timer at the calls that part its loop. "environment" is envs.step; "acting" all
 that leads to it; "replay" adding and drawing transitions; "update" all that leads to a step of an optimiser or of a
@@ -128,10 +129,9 @@ PRESETS = {
         *("sac_continuous_action.py", CHEETAH, (5_000, 1_000_000)),
         OFF_POLICY
         | {"batch_size": 256, "train_frequency": 1, "policy_lr": 3e-4, "q_lr": 1e-3, "tau": 0.005}
-        | {"buffer_size": 1_000_000, "autotune": True, "learning_starts": 256, "hidden_size": 256}
-        | {"checkpoint_every": 100_000},
+        | {"buffer_size": 1_000_000, "autotune": True, "learning_starts": 256, "hidden_size": 256},
         changed=("learning_starts",),
-        note="CleanRL updates its actor twice every second step; ours saves no checkpoint, ten in a million steps",
+        note="CleanRL updates its actor twice every second step",
     ),
 }
 SB3_NAMES = {  # our flag: what SB3's constructors call it, where that is another name
@@ -272,6 +272,8 @@ def our_side(args: Args, preset: Preset | None, extra: list[str]) -> Side:
     flags = {"eval_episodes": 1, "device": args.device} | ({"torch_threads": args.threads} if args.threads else {})
     if args.peer and preset.env_ids != PONG:  # our id of Pong is another one, and the script's default
         flags["env_id"] = preset.env_ids[0]
+    if preset and args.until is None:
+        flags["checkpoint_every"] = preset.steps[1] // 10
     if args.peer and args.until is None:
         flags |= preset.flags
 
