@@ -64,6 +64,7 @@ import time
 import warnings
 import zipfile
 from collections import deque
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -759,6 +760,10 @@ def train(args: Args) -> None:
         mode = "reduce-overhead" if args.device == "cuda" else "default"
         gradient_fn = torch.compile(ppo_gradient, mode=mode, fullgraph=True)
 
+    def gradient_of_rows(agent: Agent, args: Args, rows: Tensor, *minibatch: Tensor) -> Tensor:
+        """`gradient_fn` with the pictures of these rows. One shuffled copy of all would be new memory each time."""
+        return gradient_fn(agent, args, obs.flatten(0, 1)[rows], *minibatch)
+
     num_actions = int(envs.single_action_space.n)
     frames = torch.zeros((T, N, 84, 84, 1), dtype=torch.uint8, device=device)
     obs = torch.zeros((T + 1, N, 84, 84, 4), dtype=agent.dtype, device=device)
@@ -778,11 +783,13 @@ def train(args: Args) -> None:
 
         with torch.no_grad():
             # The rollout. argmax(logits + Gumbel noise) is a sample of softmax(logits).
+            actor = deepcopy(agent)
+            actor.trunk.to(agent.dtype)  # what autocast does in every call
             gumbel = -torch.empty_like(logits).exponential_().log()
             obs[0] = agent.normalize(to_tensor(next_obs, args))
             last_obs = []  # of the episodes that a time limit cut: (t, which environments, observations)
             for t in range(T):
-                logits[t], values[t] = agent(obs[t])
+                logits[t], values[t] = actor(obs[t])
                 actions[t] = (logits[t] + gumbel[t]).argmax(-1)
                 next_obs, reward, terminated, truncated, infos = envs.step(actions[t].cpu().numpy())
                 seen = to_tensor(next_obs, args)
@@ -797,16 +804,17 @@ def train(args: Args) -> None:
                 rewards[t], terminations[t], dones[t] = np.sign(reward), terminated, terminated | truncated
 
             # Advantages. The state an action led to has the next row's value, unless the episode was cut there.
-            values[T] = agent(obs[T])[1]
+            values[T] = actor(obs[T])[1]
             next_values = values[1:].clone()
             for t, cut, cut_obs in last_obs:
-                next_values[t, cut] = agent(agent.normalize(to_tensor(cut_obs, args)))[1]
+                next_values[t, cut] = actor(agent.normalize(to_tensor(cut_obs, args)))[1]
             r, terminated, done = (torch.from_numpy(array).to(device) for array in (rewards, terminations, dones))
             advantages, returns = gae(r, values[:-1], next_values, terminated, done, args.gamma, args.gae_lambda)
             logprobs, _ = log_prob_and_entropy(logits, actions)
 
-        batch = [x.flatten(0, 1) for x in (obs[:-1], actions, logprobs, advantages, returns, values[:-1])]
-        metrics = update(agent, optimizer, gradient_fn, batch, args)
+        rows = torch.arange(T * N, device=device)
+        batch = [rows, *(x.flatten(0, 1) for x in (actions, logprobs, advantages, returns, values[:-1]))]
+        metrics = update(agent, optimizer, gradient_of_rows, batch, args)
         if args.norm_obs:  # of one step in eight: the frames between are much like these
             agent.obs_stats.update(frames[::8].flatten(0, 1) / 255)
         metrics |= {"losses/explained_variance": explained_variance(values[:-1], returns)}
