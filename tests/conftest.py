@@ -416,14 +416,22 @@ def spy(monkeypatch):
 
 @pytest.fixture
 def rollouts(monkeypatch):
-    """rollouts(script) -> a list that fills with (batch, arguments of gae, if it has one); nothing is learned."""
+    """rollouts(script) -> a list that fills with (batch, arguments of gae, if it has one); nothing is learned.
+
+    Of PPO the batch is what its gradient would be given for all rows at once.
+    """
 
     def watch(script: str) -> list[tuple[list, dict]]:
         module, found, inputs = load(script), [], [{}]
 
         def learn(agent, optimizer, loss_fn, batch, args):
+            if hasattr(module, "ppo_gradient"):
+                batch = loss_fn(agent, args, *batch)
             found.append(([frozen(x) for x in batch], inputs[-1]))
             return {name: 0.0 for name in module.METRICS}
+
+        if hasattr(module, "ppo_gradient"):
+            monkeypatch.setattr(module, "ppo_gradient", lambda agent, args, *minibatch: minibatch)
 
         if hasattr(module, "gae"):
             original, signature = module.gae, inspect.signature(module.gae)
