@@ -30,9 +30,9 @@ with that a run that was else the benchmark's stood still until 140 000, too.
 
 What to notice, coming from `sac_discrete.py`: neither a sum nor a maximum over continuous actions can be looked up,
 so one action is drawn where that file sums over all, and the actor learns through the critics, whose gradient says
-where a better action lies. The target is as soft, and of the two critics the smaller one counts here too, because a
-maximum over noisy values is too large. Coming from `ppo_continuous.py`: the Gaussian is squashed by tanh, which
-changes its density (`tanh_log_prob`), and its width depends on the state.
+where a better action lies. The target is as soft, but of the two critics the smaller one counts, where that file
+takes their mean: an actor that climbs the critics finds their errors. Coming from `ppo_continuous.py`: the Gaussian
+is squashed by tanh, which changes its density (`tanh_log_prob`), and its width depends on the state.
 
 Matrix products in bfloat16 (`--bf16`) are much faster on a CPU that has them. On HalfCheetah-v5 the last 20 episodes of
 100 000 steps had 3406, 4553 and 5930 with it and 4234, 4367 and 4673 without (seeds 101 to 103).

@@ -25,8 +25,8 @@ nowhere is an action learned from that is not taken. Two exceptions: where a tim
 that would have come next is drawn for its real last observation (a termination has no next action); and at a
 checkpoint the environments are made anew, so the last action is drawn anew too.
 
-What it does not do: images, continuous actions, memory, action masks, traces. Read next: `dqn.py`. Scores: the table
-in README.md.
+What it does not do: images, continuous actions, memory, action masks, traces. Read next: `dqn.py`.
+Scores: docs/BENCHMARKS.md.
 
 The file is long because it repeats all that a script needs to stand alone: from "the run" to "training" the text is
 the same in every file, but for `start_envs`, `to_tensor` and `frame`, and who reads for the algorithm can skip it.

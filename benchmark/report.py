@@ -215,7 +215,7 @@ SCORES = [
     *("script", "steps", "seeds", "training return", "median", "worst … best", "evaluation", "target"),
     *("minutes", "steps/s", "machine", "commit", "marks"),
 ]
-SHORT = "script", "steps", "seeds", "training return", "evaluation", "minutes"  # those of them that README.md shows
+SHORT = ["script", "steps", "seeds", "training return", "target", "evaluation", "minutes"]  # what README.md shows
 
 
 @dataclass
@@ -440,7 +440,7 @@ aside, is not what it was in these runs, and no repeated run has shown yet that 
 
 Published scores stand beside the measure of ours that is nearest to theirs; they are theirs, not rerun here, and the
 last column says how their protocol differs, as far as they state it. Every score below a target or a published score
-is listed under *What falls short*.
+is listed under *What falls short*. Commands begin with `python`: where uv runs the project, that is `uv run python`.
 """
 
 
@@ -457,11 +457,13 @@ BEGIN, END = "<!-- written by benchmark/report.py -->\n", "<!-- end of what repo
 
 def short_table(tables: list[Table]) -> str:
     """The baseline algorithm on every environment that has runs of it."""
+    cells = [cell for of in tables for cell in of.cells if cell.rows and cell.algo == BASELINE]
+    head = SHORT + ["marks"] * any(map(marks, cells))
     rows = []
-    for cell in (cell for of in tables for cell in of.cells if cell.rows and cell.algo == BASELINE):
+    for cell in cells:
         row, env = dict(zip(SCORES, score_row(cell))), cell.entry.env
-        rows.append([f"[{env}](docs/BENCHMARKS.md#{anchor(env)})", *(row[name].replace("../", "") for name in SHORT)])
-    return "\n".join(table(["environment", *SHORT], rows))
+        rows.append([f"[{env}](docs/BENCHMARKS.md#{anchor(env)})", *(row[name].replace("../", "") for name in head)])
+    return "\n".join(table(["environment", *head], rows))
 
 
 def readme(text: str, tables: list[Table]) -> str:

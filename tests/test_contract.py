@@ -198,6 +198,18 @@ def test_agent_loads_from_its_file_alone(script, finished):
     assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 
+def test_readme_shows_how_to_act(script, finished, monkeypatch):
+    """The lines for one's own code, with this script and this run in place of the example's."""
+    (lines,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    for example, ours in ("algos.ppo", f"algos.{script}"), ("runs/...", str(finished.folder)):
+        assert example in lines
+        lines = lines.replace(example, ours)
+    names = {}
+    monkeypatch.syspath_prepend(ROOT)
+    exec(lines, names)
+    assert names["envs"].single_action_space.contains(names["action"][0].numpy())
+
+
 def test_result_json_has_these_numbers(script, finished):
     result, flags = read_json(finished.folder, "result.json"), tiny(script)
     keys = "final_return eval_return_mean eval_return_std eval_episodes steps seconds sps peak_memory_mb"

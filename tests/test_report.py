@@ -596,8 +596,11 @@ def test_readme_has_a_short_table_of_ppo(house, call):
     (ppo,) = (entry for entry in house.suite.entries if entry.script == "ppo" and entry.env == "CartPole-v1")
     assert [line.split(" | ")[1] for line in lines] == ["[`ppo`](algos/ppo.py)"] * 2  # no other algorithm
     start = "| [CartPole-v1](docs/BENCHMARKS.md#cartpole-v1) | [`ppo`](algos/ppo.py) | "
-    assert f"{start}{report.whole(ppo.steps)} | 3 of 5 | **" in text
+    assert f"{start}{report.whole(ppo.steps)} | 3 of 5 | **" in text and "| marks |" not in text
     assert call(report, "--check", *house.words).code == 0
+    make_run(house, seed=4, sha256="0" * 64)
+    call(report, *house.words)
+    assert "| marks |" in readme.read_text() and "| script changed since (1 of 4 runs) |" in readme.read_text()
 
 
 def test_plots_of_another_matplotlib_are_not_compared(house, call):
