@@ -35,9 +35,10 @@ and no value clipping:
 
     python algos/ppo_atari.py --clip-coef 0.2 --num-envs 16 --num-minibatches 8 --no-clip-vloss
 
-Seed 1 was at 12 after 500 000 steps, seed 2 at 6 (and at 10 after 800 000); a lambda of 0.98 and no value clipping,
-with the other flags as they are, at 12 after 2 million (seed 1). On Breakout, as above, they are no better than the
-defaults: 9.1, the average of three seeds.
+On Breakout, as above, they are no better than the defaults: 9.1, the average of three seeds. What is learned on Pong is
+above all one shot that the opponent misses: in 32 games of an agent trained for 4 million steps 640 of 790 points were
+won with it, or much like it, within 82 steps. Of the 120 points that went on 88 were lost, since there its paddle hardly
+follows the ball; without sticky actions, where the shot succeeds, it had 20.8.
 
 What it does not do: memory, other image environments than ALE. Scores: docs/BENCHMARKS.md.
 
