@@ -37,8 +37,8 @@ and no value clipping:
 
 On Breakout, as above, they are no better than the defaults: 9.1, the average of three seeds. What is learned on Pong is
 above all one shot that the opponent misses: in 32 games of an agent trained for 4 million steps 640 of 790 points were
-won within 82 steps, most of them by it. Of the 120 points that went on 88 were lost, since there its paddle hardly
-follows the ball; without sticky actions, where the shot succeeds, it had 20.8.
+won within 82 steps, 550 of them after the 70th. Of the 120 points that went on 88 were lost, since there its paddle
+hardly follows the ball; without sticky actions, where the shot succeeds, it had 20.8.
 
 What it does not do: memory, other image environments than ALE. Scores: docs/BENCHMARKS.md.
 
