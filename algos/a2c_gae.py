@@ -1,747 +1,455 @@
-"""Advantage actor-critic (A2C) with generalised advantage estimation, for vector observations and discrete actions.
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#     "filelock==4.3.1", "gymnasium[classic-control]==1.4.0", "imageio[ffmpeg]==2.38.1", "numpy==2.4.6",
+#     "safetensors==0.8.0", "tensorboard==2.21.0", "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.17",
+# ]
+# ///
+"""Advantage actor-critic (A2C) with generalized advantage estimation, for vector observations and discrete actions.
 
-    python algos/a2c_gae.py                                         # CartPole-v1
-    python algos/a2c_gae.py --gae-lambda 1                          # n-step returns, as in the paper
-    python algos/a2c_gae.py --env-id package:Name-v0                # your own, registered in `package`
-    python algos/a2c_gae.py --resume runs/CartPole-v1__a2c_gae__1__...
-    python algos/a2c_gae.py --evaluate runs/CartPole-v1__a2c_gae__1__... --eval-episodes 20 --video
+    uv run a2c_gae.py                                     # CartPole-v1; or: python a2c_gae.py
+    uv run a2c_gae.py --gae-lambda 1                      # n-step returns, as in the paper
+    uv run a2c_gae.py --resume runs/CartPole-v1__a2c_gae__1__...
+    uv run a2c_gae.py --evaluate runs/CartPole-v1__a2c_gae__1__... --video
 
-Paper: Mnih et al. 2016, "Asynchronous Methods for Deep Reinforcement Learning", arXiv:1602.01783 ("A3C" below), with
-the advantage estimator of Schulman et al. 2016, arXiv:1506.02438 ("GAE"). A few steps are taken in every environment,
-and one gradient step is made on all of them, along A3C's
+Papers: Mnih et al. 2016 (A3C, arXiv:1602.01783); Schulman et al. 2016 (GAE, arXiv:1506.02438).
 
-    grad log pi(a_t|s_t) A_t + ent_coef grad H(pi(s_t)) - vf_coef grad (R_t - V(s_t))^2 / 2
+Details that matter:
+- A truncated episode (time limit) bootstraps from its real final observation; a terminated one does not bootstrap.
+- Environments are stepped together, not in threads of their own (A2C): each gradient is of the weights that acted.
+- One gradient step per rollout, so the loss is the policy gradient itself, without a ratio and without clipping.
+- Adam with betas (0, 0.99): no momentum and a short memory, like the paper's RMSProp. The usual betas unlearn CartPole.
+- Checkpoints restart environments and random numbers, so that a resumed run is bit-identical to an uninterrupted one.
 
-What differs from the paper: the environments take their steps together instead of each in a thread of its own, so
-every gradient is of the weights that acted (A2C); advantages are weighted by lambda, and --gae-lambda 1 is the paper's
-n-step return; policy and value have separate networks; the optimiser is Adam without momentum, which is the paper's
-RMSProp but that it corrects its average for its start from zero and so needs no warm-up; an episode that is cut by a
-time limit is bootstrapped from its real last observation.
-
-What to notice, coming from `reinforce.py`: nobody waits for the end of an episode. A critic says what the rest of it
-is worth, so the rollouts are short, of several environments at once; each is used once, so the policy that is
-improved is the one that acted, and the loss is the policy gradient itself. Each rollout gives one gradient, so long
-ones have to be worth it by a larger learning rate.
-
-Why Adam's usual betas, 0.9 and 0.999, are not used: in a run of some two thousand gradients, an average over the last
-thousand of their squares is always out of date, and momentum goes on in directions in which a policy of some steps ago
-wanted to go. With them, at these defaults, CartPole-v1 was learned and lost again (six seeds: 500, 492, 439, 143, 140,
-134), and on Acrobot-v1 the policy was sure of itself before it had swung up once, and then never did. With 0 and 0.99,
-24 of 28 seeds ended CartPole-v1 above 480. On LunarLander-v3 both parts count: three seeds had 167, 188 and 189 with
-(0, 0.99), -127, -2 and 42 with (0.9, 0.99).
-
-On LunarLander-v3, where A2C is known to hover, rollouts of 256 steps and a high learning rate land (82 to 203 in ten
-seeds; the flags are in docs/BENCHMARKS.md): five steps of a return that is decided by the landing know only what the
-critic says. With 64 steps two of ten runs fell and did not rise again. The most probable action lands seldom (14 on
-average).
-
-What it does not do: images, continuous actions (`a2c_gae_continuous.py`), memory, action masks. Read next:
-`ppo.py`, which makes many steps of each rollout where this file makes one. Scores: docs/BENCHMARKS.md.
-
-The file is long because it repeats all that a script needs to stand alone: from "the run" to "training" the text is
-the same in every file, but for `start_envs`, `to_tensor` and `frame`, and who reads for the algorithm can skip it.
+Not included: continuous actions (a2c_gae_continuous.py), several epochs per rollout (ppo.py, read it next), images.
 """
 
-import csv
-import difflib
-import hashlib
 import importlib.metadata
 import json
 import math
 import os
-import platform
 import random
 import re
-import resource
-import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import warnings
-import zipfile
 from collections import deque
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import gymnasium as gym
-import imageio
-import mujoco
 import numpy as np
 import safetensors.torch
 import torch
 import tyro
-from gymnasium.vector import AutoresetMode
+from filelock import FileLock
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-AUTO_DEVICE = "cpu"  # what --device auto means here
-TRAIN, EVAL = 0, 1  # purposes of random streams
-EVALUATION = "env_id", "seed", "eval_episodes", "video", "device", "torch_threads"  # flags that --evaluate may change
-UV = "uv run " if "UV" in os.environ else ""  # how a printed command has to begin
-
 
 @dataclass
 class Args:
-    # The run
-    env_id: str = "CartPole-v1"
-    """Gymnasium id of the environment; `package:Name-v0` imports the package first"""
-    seed: int = 1
-    """decides every random number of the run"""
-    total_timesteps: int = 200_000
-    """environment steps, summed over the parallel environments"""
-    run_dir: str | None = None
-    """folder of the run; by default runs/{env}__{algo}__{seed}__{UTC time}"""
-    resume: str | None = None
-    """go on with the run in this folder, under its own flags"""
-    evaluate: str | None = None
-    """evaluate the agent in this run folder instead of training"""
-    eval_episodes: int = 20
-    """episodes of the evaluation, one environment each"""
-    video: bool = False
-    """film the first episode of the evaluation into videos/"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: the GPU for networks that see images, if there is one; the CPU for small networks"""
-    torch_threads: int = 1
-    """CPU threads of PyTorch; 0 for one per core. Part of the result: sums are rounded in another order"""
-    compile: bool = False
-    """compile the loss with torch.compile (on a GPU into CUDA graphs)"""
-    checkpoint_every: int = 0
-    """steps between checkpoints; 0 for a tenth of the run. Each cuts the running episodes, which then do not count"""
+    env_id: str = "CartPole-v1"  # Gymnasium id; `package:Name-v0` imports the package first
+    seed: int = 1  # random seed
+    total_timesteps: int = 200_000  # environment steps, summed over all environments
+    env_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)  # for gym.make: name value name value
 
     # The algorithm
-    num_envs: int = 8
-    """parallel environments (N)"""
-    num_steps: int = 16
-    """steps of each environment per rollout, and so per gradient step (T)"""
-    learning_rate: float = 4e-3
-    """learning rate of Adam at the start"""
-    anneal_lr: bool = True
-    """let the learning rate fall linearly towards 0"""
-    gamma: float = 0.99
-    """discount factor"""
-    gae_lambda: float = 0.95
-    """lambda of the generalised advantage estimation; 1 gives n-step returns, 0 one-step ones"""
-    norm_adv: bool = True
-    """normalise the advantages of each rollout"""
-    ent_coef: float = 0.0
-    """weight of the entropy bonus"""
-    vf_coef: float = 0.5
-    """weight of the value loss"""
-    max_grad_norm: float = 0.5
-    """largest global norm of the gradient"""
-    hidden_size: int = 64
-    """width of the two hidden layers"""
+    num_envs: int = 8  # parallel environments (N)
+    num_steps: int = 16  # steps per environment and rollout (T), so per gradient step
+    learning_rate: float = 4e-3  # initial learning rate of Adam
+    anneal_lr: bool = True  # anneal the learning rate linearly to 0
+    gamma: float = 0.99  # discount factor
+    gae_lambda: float = 0.95  # lambda of generalized advantage estimation; 1: n-step returns, 0: one-step returns
+    norm_adv: bool = True  # normalize the advantages of each rollout
+    ent_coef: float = 0.0  # entropy coefficient
+    vf_coef: float = 0.5  # value loss coefficient
+    max_grad_norm: float = 0.5  # maximum global norm of the gradient
+    hidden_size: int = 64  # width of the two hidden layers
+
+    # The run
+    run_dir: str = ""  # run folder; default: runs/{env}__{algo}__{seed}__{UTC time}
+    resume: str = ""  # resume the run in this folder, with its own flags
+    evaluate: str = ""  # evaluate the agent of the run in this folder instead of training
+    eval_episodes: int = 20  # episodes of the evaluation
+    video: bool = False  # record a video of the first one
+    device: Literal["cpu", "cuda"] = "cpu"  # for networks this small the CPU is faster
+    torch_threads: int = 1  # CPU threads of PyTorch; 0: PyTorch's default
+    compile: bool = False  # torch.compile the loss
+    checkpoint_every: int = 100_000  # steps; a checkpoint restarts the environments and discards unfinished episodes
+
+    def __post_init__(self) -> None:  # tyro reports a ValueError as a usage error
+        for name, value in vars(self).items():
+            lowest = 1 if type(value) is int and name not in ("seed", "torch_threads") else 0
+            if isinstance(value, int | float) and not lowest <= value < math.inf:
+                raise ValueError(f"{name} must be at least {lowest} and finite, not {value}")
+        if max(self.gamma, self.gae_lambda) > 1:
+            raise ValueError("gamma and gae_lambda must be at most 1")
 
 
-LIMITS = {  # flag: smallest and largest value
-    "seed": (0, 2**63),
-    "total_timesteps": (1, math.inf),
-    "eval_episodes": (1, 10_000),
-    "torch_threads": (0, 1024),
-    "checkpoint_every": (0, math.inf),
-    "num_envs": (1, 100_000),
-    "num_steps": (1, math.inf),
-    "learning_rate": (1e-12, 10),
-    "gamma": (0, 1),
-    "gae_lambda": (0, 1),
-    "ent_coef": (0, math.inf),
-    "vf_coef": (0, math.inf),
-    "max_grad_norm": (1e-12, math.inf),
-    "hidden_size": (1, 65_536),
-}
-
-
-# ------------------------------------------------------------------------------------------------------- networks
-
-
-def layer_init(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
-    """Orthogonal weights with gain `std` and zero biases."""
-    nn.init.orthogonal_(layer.weight, std)
-    nn.init.zeros_(layer.bias)
-    return layer
+def mlp(inputs: int, width: int, outputs: int, std: float) -> nn.Sequential:
+    """Two hidden layers of `width` tanh units; orthogonal initialization, with gain `std` in the last layer."""
+    layers = [nn.Linear(inputs, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, outputs)]
+    for layer, gain in zip(layers[::2], (2**0.5, 2**0.5, std), strict=True):
+        nn.init.orthogonal_(layer.weight, gain)
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(*layers)
 
 
 class Agent(nn.Module):
-    """Policy and value function: two networks, nothing shared."""
+    """Separate networks for the policy (actor) and the value function (critic)."""
 
-    def __init__(self, envs: gym.vector.VectorEnv, args: Args):
+    def __init__(self, envs: gym.vector.VectorEnv, args: Args) -> None:
         super().__init__()
-        num_inputs, num_actions = envs.single_observation_space.shape[0], int(envs.single_action_space.n)
-        width = args.hidden_size
-        self.actor = nn.Sequential(
-            layer_init(nn.Linear(num_inputs, width)),
-            nn.Tanh(),
-            layer_init(nn.Linear(width, width)),
-            nn.Tanh(),
-            layer_init(nn.Linear(width, num_actions), std=0.01),
-        )
-        self.critic = nn.Sequential(
-            layer_init(nn.Linear(num_inputs, width)),
-            nn.Tanh(),
-            layer_init(nn.Linear(width, width)),
-            nn.Tanh(),
-            layer_init(nn.Linear(width, 1), std=1.0),
-        )
+        obs_dim, num_actions = envs.single_observation_space.shape[0], int(envs.single_action_space.n)
+        self.actor = mlp(obs_dim, args.hidden_size, num_actions, std=0.01)
+        self.critic = mlp(obs_dim, args.hidden_size, 1, std=1.0)
 
     def value(self, obs: Tensor) -> Tensor:
-        """V(s): obs (..., D) -> (...)."""
+        """V(s): (..., D) -> (...)."""
         return self.critic(obs).squeeze(-1)
 
+    def logprob_and_entropy(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """log pi(a|s) and the entropy of pi(.|s): (..., D), (...) -> (...), (...)."""
+        logprobs = self.actor(obs).log_softmax(-1)
+        return logprobs.gather(-1, actions.unsqueeze(-1)).squeeze(-1), -(logprobs.exp() * logprobs).sum(-1)
+
+    @torch.no_grad()
+    def sample(self, obs: Tensor) -> Tensor:
+        """Actions sampled from the policy: (N, D) -> (N,)."""
+        logits = self.actor(obs)
+        gumbel = -torch.empty_like(logits).exponential_().log()
+        return (logits + gumbel).argmax(-1)  # distributed as Categorical(logits=logits).sample(), but faster
+
+    @torch.no_grad()
     def act(self, obs: Tensor) -> Tensor:
-        """The most probable action: obs (N, D) -> (N,)."""
+        """Greedy actions: (N, D) -> (N,)."""
         return self.actor(obs).argmax(-1)
 
 
-# ------------------------------------------------------------------------------------------------------ algorithm
+class Adapter(gym.Wrapper):
+    """Observations as float32 copies (some environments reuse their array), no infos, actions in the space's dtype."""
+
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env)
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
+
+    def reset(self, **kwargs):
+        obs, _ = self.env.reset(**kwargs)
+        return np.array(obs, np.float32), {}
+
+    def step(self, action):
+        action = self.action_space.dtype.type(action + self.action_space.start)
+        obs, reward, terminated, truncated, _ = self.env.step(action)
+        return np.array(obs, np.float32), np.asarray(reward, np.float64).item(), terminated, truncated, {}
 
 
-def gae(
-    rewards: Tensor, values: Tensor, next_values: Tensor, terminations: Tensor, dones: Tensor, gamma: float, lam: float
-) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation, GAE eq. 16, with both kinds of episode end. All tensors are (T, N).
+def make_envs(args: Args, num_envs: int, render: bool = False) -> gym.vector.VectorEnv:
+    """SAME_STEP autoreset: where an episode ends, `step` already returns the first observation of the next one."""
 
-    `next_values[t]` is V of the state that action t led to: at the end of an episode its real last state, not the
-    first of the next. A termination has no future; a truncation (done but not terminated) has one that was not seen.
+    def make_env() -> gym.Env:
+        env = gym.make(args.env_id, **args.env_kwargs, **({"render_mode": "rgb_array"} if render else {}))
+        # Your wrappers go here, without memory: they start anew at checkpoints (for statistics, see ppo_continuous.py)
+        if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
+            fail(f"{args.env_id} has observations {env.observation_space}, not a Box of shape (n,)")
+        if not isinstance(env.action_space, gym.spaces.Discrete):
+            fail(f"{args.env_id} has actions {env.action_space}, not Discrete: see a2c_gae_continuous.py")
+        return Adapter(env)
 
-        delta_t = r_t + gamma V(s_{t+1}) (1 - terminated_t) - V(s_t)
-        A_t = delta_t + gamma lambda (1 - done_t) A_{t+1}
+    try:
+        return gym.vector.SyncVectorEnv([make_env] * num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    except (gym.error.Error, ImportError) as error:
+        fail(f"cannot make {args.env_id}: {error}")
 
-    Returns advantages and returns (advantages + values).
+
+def real_next_obs(next_obs: np.ndarray, infos: dict) -> np.ndarray:
+    """What the actions led to: the final observation where an episode ended, not the first one of the next episode."""
+    if "final_obs" in infos:
+        next_obs, ended = next_obs.copy(), infos["_final_obs"]
+        next_obs[ended] = np.stack(infos["final_obs"][ended])
+    return next_obs
+
+
+def gae(rewards, values, next_values, terminations, dones, gamma: float, gae_lambda: float) -> Tensor:
+    """Generalized advantage estimation, GAE eq. 16. All tensors are (T, N).
+
+    Every done stops the sum of TD errors. Only a termination drops the next value; a truncation keeps V(final obs).
     """
-    deltas = rewards + gamma * next_values * ~terminations - values
-    decays = gamma * lam * ~dones
-    advantages, following = torch.empty_like(deltas), torch.zeros_like(deltas[0])
+    deltas = rewards + gamma * torch.where(terminations, 0, next_values) - values
+    decays = gamma * gae_lambda * ~dones
+    advantages, advantage = torch.zeros_like(deltas), 0
     for t in reversed(range(len(deltas))):
-        advantages[t] = following = deltas[t] + decays[t] * following
-    return advantages, advantages + values
+        advantages[t] = advantage = deltas[t] + decays[t] * advantage
+    return advantages
 
 
-def normalize_advantages(advantages: Tensor) -> Tensor:
-    """Zero mean and unit standard deviation; a single advantage has no deviation and stays as it is."""
-    if len(advantages) == 1:
-        return advantages
-    std, mean = torch.std_mean(advantages)
-    return (advantages - mean) / (std + 1e-8)
+def a2c_loss(agent, args, obs, actions, advantages, returns) -> tuple[Tensor, dict[str, Tensor]]:
+    """A3C section 4 on a rollout of B steps: obs (B, D), the others (B,). Returns the loss and the metrics to log.
 
-
-def log_prob_and_entropy(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a categorical distribution: logits (..., A), actions (...) -> (...), (...)."""
-    logprobs = logits.log_softmax(-1)
-    return logprobs.gather(-1, actions.unsqueeze(-1)).squeeze(-1), -(logprobs.exp() * logprobs).sum(-1)
-
-
-def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns): 1 for a perfect critic, 0 for one no better than a constant."""
-    return 1 - ((returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)).item()
-
-
-METRICS = "losses/policy_loss", "losses/value_loss", "losses/entropy"
-
-
-def a2c_loss(agent: Agent, args: Args, obs, actions, advantages, returns) -> tuple[Tensor, Tensor]:
-    """A3C section 4 on a rollout of B rows, as a loss whose gradient flows through log pi, H and V, not through A:
-
-        -mean(log pi(a|s) A) - ent_coef mean(H(pi(s))) + vf_coef mean((V(s) - R)^2) / 2
-
-    Returns it and the METRICS (3,).
+    The gradient flows through the log-probability, the entropy, and the value, not through the advantages.
     """
-    logprobs, entropy = log_prob_and_entropy(agent.actor(obs), actions)
-    if args.norm_adv:
-        advantages = normalize_advantages(advantages)
-    pg_loss = -(logprobs * advantages).mean()
-    v_loss = 0.5 * nn.functional.mse_loss(agent.value(obs), returns)
+    logprobs, entropy = agent.logprob_and_entropy(obs, actions)
+    if args.norm_adv and len(advantages) > 1:
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    policy_loss = -(logprobs * advantages).mean()
+    value_loss = 0.5 * nn.functional.mse_loss(agent.value(obs), returns)
     entropy = entropy.mean()
-    loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
-    return loss, torch.stack([pg_loss, v_loss, entropy]).detach()
-
-
-def gradient_step(
-    agent: Agent, optimizer: torch.optim.Optimizer, loss_fn, batch: list[Tensor], args: Args
-) -> dict[str, float]:
-    """One step of the optimiser on the whole batch. Returns the METRICS by name."""
-    loss, metrics = loss_fn(agent, args, *batch)
-    optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm, foreach=True)
-    optimizer.step()
-    return dict(zip(METRICS, metrics.tolist(), strict=True))
-
-
-# -------------------------------------------------------------------------------------------------------- the run
-
-
-def fail(message: str, code: int = 2) -> None:
-    """End the program with one line on stderr. Code 2: bad input or a full disk; 3: the numbers diverged."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(code)
-
-
-def check_limits(args: Args) -> None:
-    """Every flag named in LIMITS lies in its range; None is a flag that is off."""
-    for name, (low, high) in LIMITS.items():
-        value = getattr(args, name)
-        if value is not None and not (isinstance(value, int | float) and low <= value <= high):
-            fail(f"--{name.replace('_', '-')} is {value}; it takes values from {low} to {high}")
-
-
-def reseed(seed: int, *purpose: int, num_envs: int = 0) -> list[int]:
-    """Seed Python, NumPy and PyTorch for one purpose of one run; returns a 31-bit seed for each environment.
-
-    Every (seed, purpose) is a stream of its own (`numpy.random.SeedSequence`): neighbouring seeds share nothing. A
-    training run reseeds at each checkpoint for the purpose (TRAIN, step), so no generator's state needs to be saved.
-    """
-    first, *env_seeds = (np.random.SeedSequence(seed, spawn_key=purpose).generate_state(1 + num_envs) >> 1).tolist()
-    random.seed(first)
-    np.random.seed(first)
-    torch.manual_seed(first)
-    return env_seeds
-
-
-def start_envs(args: Args, seeds: list[int], render: bool = False) -> tuple[gym.vector.VectorEnv, np.ndarray]:
-    """One environment per seed, stepped in turn, and their first observations (N, D).
-
-    An episode that ends restarts in the same step: its last observation is in infos["final_obs"]. An environment that
-    does not fit ends the program.
-    """
-
-    def make() -> gym.Env:
-        return gym.make(args.env_id, disable_env_checker=True, **{"render_mode": "rgb_array"} if render else {})
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        mujoco.set_mju_user_warning(lambda message: None)  # HalfCheetah's model warns each time, and into a file too
-        try:
-            envs = gym.vector.SyncVectorEnv([make] * len(seeds), autoreset_mode=AutoresetMode.SAME_STEP)
-            obs, _ = envs.reset(seed=seeds)
-        except Exception as error:
-            near = difflib.get_close_matches(args.env_id, gym.registry, n=3)
-            hint = f" Near it: {', '.join(near)}." if near and isinstance(error, gym.error.UnregisteredEnv) else ""
-            hint = " The script for Atari games is ppo_atari.py." if args.env_id.startswith("ALE/") else hint
-            reason = " ".join(str(error).partition(" Did you mean")[0].split())
-            fail(f"cannot make the environment {args.env_id}: {reason}{hint}")
-    obs_space, space = envs.single_observation_space, envs.single_action_space
-    if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
-        fail(f"{args.env_id} has observations {obs_space}; this script takes vectors, a Box of one dimension")
-    if isinstance(space, gym.spaces.Box):
-        fail(f"{args.env_id} has continuous actions; the script for it is a2c_gae_continuous.py")
-    if not isinstance(space, gym.spaces.Discrete) or space.start != 0:
-        fail(f"{args.env_id} has actions {space}; this script takes Discrete(n), counted from 0")
-    return envs, obs
-
-
-def to_tensor(obs: np.ndarray, args: Args) -> Tensor:
-    """Observations as the networks take them."""
-    return torch.from_numpy(obs).to(args.device, torch.float32)
-
-
-def frame(envs: gym.vector.VectorEnv, obs: np.ndarray) -> np.ndarray:
-    """A picture (H, W, 3) of the first environment."""
-    return envs.envs[0].render()
-
-
-def check_video(args: Args) -> None:
-    """Make one picture, so that a film that is not possible is said before the run and not after it."""
-    if sys.platform == "linux":  # pictures without a screen
-        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-        os.environ.setdefault("MUJOCO_GL", "egl")
-    try:
-        frame(*start_envs(args, [0], render=True))
-    except Exception as error:
-        fail(f"{args.env_id} cannot be filmed: {' '.join(repr(error).split())}")
-
-
-def write_atomically(path: Path, write) -> None:
-    """`write(file)` to a file aside, then move it over `path`: at any moment `path` is the old file or the new."""
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        with aside.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save wraps the error of a full disk in a RuntimeError
-        aside.unlink(missing_ok=True)
-        cause = error if isinstance(error, OSError) else error.__context__ or error
-        raise OSError(f"cannot write {path}: {cause}") from None
-
-
-def write_json(path: Path, content: dict) -> None:
-    write_atomically(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
-
-
-def describe_run(args: Args) -> dict:
-    """What args.json holds: every flag, and what the result may depend on besides."""
-    packages = ("torch", "gymnasium", "ale-py", "mujoco", "Box2D", "numpy")
-    installed = {d.name.lower(): d.version for d in importlib.metadata.distributions() if d.name}
-    script = Path(__file__).resolve()
-    git = ("git", "-C", script.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-        cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    except (OSError, StopIteration):
-        commit, cpu = "", platform.processor()
-    return {
-        "args": asdict(args),
-        "command": shlex.join(sys.argv),
-        "script": script.name,
-        "sha256": hashlib.sha256(script.read_bytes()).hexdigest(),
-        "commit": commit.removesuffix("-dirty") or None,
-        "clean": not commit.endswith("-dirty") if commit else None,
-        "versions": {"python": platform.python_version()} | {p: installed.get(p.lower()) for p in packages},
-        "cpu": cpu.partition(": ")[2] or cpu,
-        "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if args.device == "cuda" else None,
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-class Run:
-    """The run folder: what a run leaves on disk, and what it needs to go on from there."""
-
-    def __init__(self, args: Args):
-        self.path, self.args = Path(args.run_dir), args
-        self.checkpoint = read_checkpoint(self.path) if args.resume else {}
-        self.step = self.last_saved = self.checkpoint.get("step", 0)
-
-    def open(self) -> None:
-        """Write args.json, or cut the logs back to the checkpoint, and open them."""
-        args, logs = self.args, self.checkpoint.get("logs", {})
-        try:
-            if not args.resume:
-                self.path.mkdir(parents=True, exist_ok=True)
-                if any(self.path.iterdir()):
-                    fail(f"{self.path} is not empty; --resume goes on with a run, --run-dir takes another folder")
-                write_json(self.path / "args.json", describe_run(args))
-            for log in (*self.path.glob("events.out.tfevents.*"), *self.path.glob("episodes.csv")):
-                os.truncate(log, min(logs.get(log.name, 0), log.stat().st_size))  # later rows are written again
-            self.episodes = (self.path / "episodes.csv").open("a+", newline="")
-            self.writer = SummaryWriter(self.path, flush_secs=10)
-        except OSError as error:
-            fail(f"cannot write the run folder {self.path}: {error.strerror or error}")
-        if self.episodes.tell() == 0:
-            self.episodes.write("step,seconds,return,length\n")
-        self.episodes.seek(0)
-        rows = deque(csv.DictReader(self.episodes), maxlen=100)
-        self.recent = deque(((float(row["return"]), int(row["length"])) for row in rows), maxlen=100)
-        self.returns, self.lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, np.int64)
-        self.flushed = time.perf_counter()
-        self.started = self.flushed - self.checkpoint.get("seconds", 0)
-        print(f"run folder: {self.path}", flush=True)
-        self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit=" steps", unit_scale=True, disable=None)
-
-    def seconds(self) -> float:
-        """Seconds of training, over all resumes."""
-        return time.perf_counter() - self.started
-
-    def restore(self, **parts) -> int:
-        """Give every named part (module, optimiser, ...) its state from the checkpoint; returns the step.
-
-        Only then are the logs opened: a checkpoint that does not fit leaves the folder as it was.
-        """
-        try:
-            for name, part in parts.items() if self.checkpoint else ():
-                part.load_state_dict(self.checkpoint[name])
-        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-            fail(f"{self.path}/checkpoint.pt does not fit this script: {str(error).splitlines()[0]}")
-        self.open()
-        return self.step
-
-    def save_is_due(self) -> bool:
-        every = self.args.checkpoint_every
-        return self.step // every > self.last_saved // every and self.step < self.args.total_timesteps
-
-    def save(self, **parts) -> None:
-        """Write checkpoint.pt: the state of every named part, the step, and how long each log is by now.
-
-        The caller then starts the environments anew, as a resumed run has to; their running episodes are dropped.
-        """
-        modules = (part.state_dict() for part in parts.values() if isinstance(part, nn.Module))
-        self.check_finite(*(tensor for module in modules for tensor in module.values()))
-        self.episodes.flush()
-        os.fsync(self.episodes.fileno())
-        self.writer.flush()
-        logs = {log.name: log.stat().st_size for log in (*self.path.glob("events.*"), *self.path.glob("episodes.csv"))}
-        state = {name: part.state_dict() for name, part in parts.items()}
-        state |= {"step": self.step, "seconds": self.seconds(), "logs": logs}
-        write_atomically(self.path / "checkpoint.pt", lambda file: torch.save(state, file))
-        self.last_saved = self.step
-        if self.bar.disable:  # no terminal: a sign of life for who reads the log
-            trailing = f"{np.mean(self.recent, axis=0)[0]:.1f}" if self.recent else "none yet"
-            print(f"{self.step:,} steps in {self.seconds():.0f} s, training return {trailing}", flush=True)
-        self.returns[:] = self.lengths[:] = 0
-
-    def record(self, step: int, rewards: np.ndarray, dones: np.ndarray) -> None:
-        """Add a step of all environments, raw rewards (N,), to their episodes; those that ended become rows."""
-        self.returns += rewards
-        self.lengths += 1
-        if dones.any():
-            for i in np.flatnonzero(dones):
-                self.recent.append((float(self.returns[i]), int(self.lengths[i])))
-                self.episodes.write(f"{step},{self.seconds():.2f},{self.returns[i]},{self.lengths[i]}\n")
-            self.returns[dones] = self.lengths[dones] = 0
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Once per update: scalars for TensorBoard and the progress bar. A number that is not finite ends the run."""
-        self.check_finite(torch.tensor(list(metrics.values())))
-        if self.recent:
-            mean_return, mean_length = np.mean(self.recent, axis=0).tolist()
-            metrics |= {"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}
-            self.bar.set_postfix_str(f"return {mean_return:.1f}", refresh=False)
-        for name, value in (metrics | {"charts/SPS": step / self.seconds()}).items():
-            self.writer.add_scalar(name, value, step)
-        self.bar.total = max(step, self.bar.total)  # the last rollout may end after --total-timesteps
-        self.bar.update(step - self.step)
-        self.step = step
-        if time.perf_counter() - self.flushed > 1:
-            self.episodes.flush()
-            self.flushed = time.perf_counter()
-
-    def check_finite(self, *tensors: Tensor) -> None:
-        if not all(tensor.isfinite().all() for tensor in tensors):
-            self.bar.close()
-            hint = "its last checkpoint is kept; " if self.last_saved else ""
-            hint += "if all rewards and observations were finite, a smaller learning rate may help"
-            fail(f"{self.path} diverged after step {self.step}: loss or weights are not finite; {hint}", code=3)
-
-    def finish(self, agent: nn.Module) -> None:
-        """Save the agent, evaluate it, write result.json and say where to look."""
-        seconds, args, path = self.seconds(), self.args, shlex.quote(str(self.path))
-        self.bar.close()
-        self.check_finite(*agent.state_dict().values())
-        self.episodes.close()
-        self.writer.close()
-        tensors = {name: tensor.contiguous() for name, tensor in agent.state_dict().items()}
-        write_atomically(self.path / "agent.safetensors", lambda file: file.write(safetensors.torch.save(tensors)))
-        returns = evaluate(args, agent)
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-        final_return = float(np.mean(self.recent, axis=0)[0]) if self.recent else None
-        result = {
-            "final_return": final_return,
-            "eval_return_mean": float(returns.mean()),
-            "eval_return_std": float(returns.std()),
-            "eval_episodes": args.eval_episodes,
-            "steps": self.step,
-            "seconds": round(seconds, 2),
-            "sps": round(self.step / seconds, 1),
-            "peak_memory_mb": round(memory, 1),
-        }
-        write_json(self.path / "result.json", result)
-        trailing = f"{final_return:.1f}" if self.recent else "none"
-        print(
-            f"{args.env_id}, seed {args.seed}: {self.step:,} steps in {seconds:.1f} s, {result['sps']:,.0f} a second\n"
-            f"training return, mean of the last {len(self.recent)} episodes: {trailing}\n"
-            f"evaluation return, {args.eval_episodes} episodes, greedy: {returns.mean():.1f} ± {returns.std():.1f}\n"
-            f"curves: {UV}tensorboard --logdir {path}\n"
-            f"film:   {UV}python {shlex.quote(sys.argv[0])} --evaluate {path} --video"
-        )
-
-
-def read_checkpoint(path: Path) -> dict:
-    """checkpoint.pt, read as data that can run no code; empty if the run was stopped before its first one."""
-    if not (path / "checkpoint.pt").exists():
-        return {}
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            if zipfile.ZipFile(path / "checkpoint.pt").testzip():
-                raise ValueError("a checksum is wrong")
-            checkpoint = torch.load(path / "checkpoint.pt", map_location="cpu", weights_only=True)
-        if not (checkpoint["step"] > 0 and checkpoint["seconds"] >= 0 and checkpoint["logs"]["episodes.csv"] > 0):
-            raise ValueError("step, seconds or logs are out of range")
-        if (path / "episodes.csv").stat().st_size < checkpoint["logs"]["episodes.csv"]:
-            raise ValueError("episodes.csv has lost rows that were there when it was written")
-        return checkpoint
-    except Exception as error:
-        fail(f"{path}/checkpoint.pt is damaged or no checkpoint: {(str(error).splitlines() or [repr(error)])[0]}")
-
-
-@torch.inference_mode()
-def evaluate(args: Args, agent: nn.Module) -> np.ndarray:
-    """Raw undiscounted returns of `eval_episodes` greedy episodes; `--video` films the first.
-
-    Each episode has an environment of its own, so that short ones are not counted more often than long ones. An episode
-    that does not end is cut after 30,000 steps.
-    """
-    envs, obs = start_envs(args, reseed(args.seed, EVAL, num_envs=args.eval_episodes), render=args.video)
-    returns, running, film = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, bool), None
-    if args.video:
-        path = Path(args.run_dir) / "videos" / f"evaluation-{args.seed}.mp4"
-        path.parent.mkdir(exist_ok=True)
-        film = imageio.get_writer(path, fps=envs.metadata.get("render_fps", 30), macro_block_size=2)
-    for _ in range(30_000):
-        if film and running[0]:
-            film.append_data(frame(envs, obs))
-        obs, rewards, terminations, truncations, _ = envs.step(agent.act(to_tensor(obs, args)).cpu().numpy())
-        returns += rewards * running
-        running &= ~(terminations | truncations)
-        if not running.any():
-            break
-    envs.close()
-    if film:
-        film.close()
-        print(f"film of the first episode: {path}")
-    return returns
-
-
-def evaluate_saved(args: Args) -> None:
-    """Play the agent of a finished run: its folder alone is enough."""
-    path = Path(args.run_dir) / "agent.safetensors"
-    agent = Agent(start_envs(args, [0])[0], args).to(args.device)
-    try:
-        agent.load_state_dict(safetensors.torch.load_file(path, device=args.device))
-    except FileNotFoundError:
-        fail(f"{args.run_dir} is not finished; --resume {args.run_dir} goes on with it")
-    except Exception as error:
-        fail(f"{path} is damaged, or its agent is not for {args.env_id}: {' '.join(str(error).split())[:200]}")
-    returns = evaluate(args, agent)
-    print(f"{args.env_id}, {len(returns)} episodes, greedy: {returns.mean():.1f} ± {returns.std():.1f}")
-
-
-def read_args(folder: str) -> dict:
-    """The flags in a run folder's args.json."""
-    script = Path(__file__).name
-    try:
-        described = json.loads((Path(folder) / "args.json").read_text())
-        flags, maker, sha256 = dict(described["args"]), described["script"], described["sha256"]
-    except FileNotFoundError:
-        fail(f"{folder} is not a run folder: it has no args.json")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fail(f"{folder}/args.json is damaged: {error}")
-    if maker != script:
-        fail(f"{folder} was made by {maker}, which is the script to use with it")
-    if set(flags) != set(Args.__dataclass_fields__):
-        commit = f": that of commit {described['commit']!s:.7}" if described.get("commit") else ""
-        fail(f"{folder} was made by another version of {script}, with other flags{commit}")
-    if sha256 != hashlib.sha256(Path(__file__).read_bytes()).hexdigest():
-        print(f"warning: {script} has changed since {folder} was begun; the result may differ", file=sys.stderr)
-    return flags
-
-
-def parse_args() -> Args:
-    """Flags from the command line; with --resume or --evaluate, those of the run's args.json are the defaults."""
-    args = tyro.cli(Args, description=__doc__)
-    folder = args.resume or args.evaluate
-    if args.resume and args.evaluate:
-        fail("--resume and --evaluate exclude each other")
-    if folder:
-        saved = replace(Args(**read_args(folder)), run_dir=folder, resume=args.resume, evaluate=args.evaluate)
-        with warnings.catch_warnings(action="ignore"):  # of a flag of another type, which check_limits refuses
-            args = tyro.cli(Args, default=saved)
-        changed = [name for name, value in asdict(args).items() if value != getattr(saved, name)]
-        if args.evaluate:
-            changed = [name for name in changed if name not in EVALUATION]
-        if changed:
-            verb = "--resume goes on" if args.resume else "--evaluate plays the agent"
-            fail(f"{verb} under the flags of the run; leave out --{changed[0].replace('_', '-')}")
-        if args.resume and (Path(folder) / "result.json").exists():
-            fail(f"{folder} is finished; --evaluate {folder} plays it")
-    check_limits(args)
-    if args.device == "auto":
-        args.device = AUTO_DEVICE
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device is cuda, but PyTorch finds no usable GPU")
-    if args.compile and args.device == "cpu" and not shutil.which(os.environ.get("CXX", "c++")):
-        fail("--compile needs a C++ compiler on PATH")
-    args.torch_threads = args.torch_threads or os.cpu_count()
-    args.checkpoint_every = args.checkpoint_every or -(-args.total_timesteps // 10)
-    if args.run_dir is None:
-        name = f"{re.sub('[^A-Za-z0-9.-]+', '-', args.env_id)}__{Path(__file__).stem}__{args.seed}"
-        args.run_dir = f"runs/{name}__{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"[:-3] + "Z"
-    return args
-
-
-# ------------------------------------------------------------------------------------------------------- training
+    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
+    metrics = {"losses/policy_loss": policy_loss, "losses/value_loss": value_loss, "losses/entropy": entropy}
+    return loss, {name: value.detach() for name, value in metrics.items()}
 
 
 def train(args: Args) -> None:
-    """A3C, algorithm S3, with environments in step: T steps in each of N, one gradient step on them, and again."""
-    T, N, device = args.num_steps, args.num_envs, torch.device(args.device)
-    num_iterations = math.ceil(args.total_timesteps / (T * N))
-    envs, next_obs = start_envs(args, reseed(args.seed, TRAIN, 0, num_envs=N))
+    """A3C, algorithm S3, with N environments in step: collect T steps in each, make one gradient step, repeat."""
+    prepare(args)
+    T, N, device = args.num_steps, args.num_envs, args.device
+    envs, current_obs = start_envs(args, "train", 0, N)
     agent = Agent(envs, args).to(device)
-    betas = 0.0, 0.99  # no momentum and a short memory, as the paper's RMSProp
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, betas=betas, eps=1e-5, fused=True)
-    run = Run(args)
-    global_step = run.restore(agent=agent, optimizer=optimizer)
-    restart = global_step > 0
-    loss_fn = a2c_loss
-    if args.compile:
-        loss_fn = torch.compile(a2c_loss, mode="reduce-overhead" if args.device == "cuda" else "default")
+    optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, betas=(0.0, 0.99), eps=1e-5, fused=True)
+    loss_fn = torch.compile(a2c_loss) if args.compile else a2c_loss
 
-    num_inputs, num_actions = envs.single_observation_space.shape[0], int(envs.single_action_space.n)
-    obs = torch.zeros((T + 1, N, num_inputs), device=device)
-    actions = torch.zeros((T, N), dtype=torch.int64, device=device)
-    rewards, terminations, dones = np.zeros((T, N), np.float32), np.zeros((T, N), bool), np.zeros((T, N), bool)
+    obs, next_obs = np.zeros((2, T, N, *envs.single_observation_space.shape), np.float32)
+    actions, rewards = np.zeros((T, N), np.int64), np.zeros((T, N), np.float32)
+    terminations, dones = np.zeros((2, T, N), bool)  # NumPy arrays: one transfer to the device per rollout
+    run = Run(args, agent=agent, optimizer=optimizer)  # with --resume, restores both
+    global_step = run.start_step
+    while global_step < args.total_timesteps:
+        if run.checkpoint(global_step):  # every `checkpoint_every` steps, and after a resume
+            envs, current_obs = start_envs(args, "train", global_step, N, old_envs=envs)
+        if args.anneal_lr:
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - global_step / args.total_timesteps)
 
-    for iteration in range(global_step // (T * N), num_iterations):
-        if restart:  # after a checkpoint, in a run that goes on and in one that is resumed alike: so both are the same
-            envs.close()
-            envs, next_obs = start_envs(args, reseed(args.seed, TRAIN, global_step, num_envs=N))
-        learning_rate = args.learning_rate * (1 - iteration / num_iterations if args.anneal_lr else 1)
-        optimizer.param_groups[0]["lr"] = learning_rate
+        # Collect a rollout
+        for t in range(T):
+            obs[t] = current_obs
+            actions[t] = agent.sample(torch.from_numpy(obs[t]).to(device)).cpu().numpy()
+            current_obs, reward, terminations[t], truncated, infos = envs.step(actions[t])
+            next_obs[t], rewards[t], dones[t] = real_next_obs(current_obs, infos), reward, terminations[t] | truncated
+            global_step += N
+            run.record(global_step, reward, dones[t])
 
+        # Compute values and advantages of the whole rollout at once
+        b_obs, b_next_obs, b_actions, b_rewards, b_terminations, b_dones = (
+            torch.from_numpy(x).to(device) for x in (obs, next_obs, actions, rewards, terminations, dones)
+        )
         with torch.no_grad():
-            # The rollout. argmax(logits + Gumbel noise) is a sample of softmax(logits).
-            gumbel = -torch.empty((T, N, num_actions), device=device).exponential_().log()
-            obs[0] = to_tensor(next_obs, args)
-            last_obs = []  # of the episodes that a time limit cut: (t, which environments, observations)
-            for t in range(T):
-                actions[t] = (agent.actor(obs[t]) + gumbel[t]).argmax(-1)
-                next_obs, reward, terminated, truncated, infos = envs.step(actions[t].cpu().numpy())
-                obs[t + 1] = to_tensor(next_obs, args)
-                rewards[t], terminations[t], dones[t] = reward, terminated, terminated | truncated
-                if truncated.any():
-                    last_obs.append((t, truncated.nonzero()[0], np.stack(infos["final_obs"][truncated])))
-                global_step += N
-                run.record(global_step, reward, dones[t])
+            b_values, b_next_values = agent.value(b_obs), agent.value(b_next_obs)
+            b_advantages = gae(b_rewards, b_values, b_next_values, b_terminations, b_dones, args.gamma, args.gae_lambda)
+            b_returns = b_advantages + b_values
 
-            # Advantages. The state an action led to has the next row's value, unless the episode was cut there.
-            values = agent.value(obs)
-            next_values = values[1:].clone()
-            for t, cut, cut_obs in last_obs:
-                next_values[t, cut] = agent.value(to_tensor(cut_obs, args))
-            values = values[:-1]
-            r, terminated, done = (torch.from_numpy(array).to(device) for array in (rewards, terminations, dones))
-            advantages, returns = gae(r, values, next_values, terminated, done, args.gamma, args.gae_lambda)
+        # Optimize the policy and the value function
+        loss, metrics = loss_fn(agent, args, *(x.flatten(0, 1) for x in (b_obs, b_actions, b_advantages, b_returns)))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+        optimizer.step()
 
-        batch = [x.flatten(0, 1) for x in (obs[:-1], actions, advantages, returns)]
-        metrics = gradient_step(agent, optimizer, loss_fn, batch, args)
-        metrics |= {"losses/explained_variance": explained_variance(values, returns)}
-        run.log(global_step, metrics | {"charts/learning_rate": learning_rate})
-        restart = run.save_is_due()
-        if restart:
-            run.save(agent=agent, optimizer=optimizer)
-    envs.close()
-    run.finish(agent)
+        explained = 1 - (b_returns - b_values).var(correction=0) / (b_returns.var(correction=0) + 1e-8)
+        charts = {"charts/learning_rate": optimizer.param_groups[0]["lr"], "losses/explained_variance": explained}
+        run.log(global_step, [metrics], charts)
+    run.finish(global_step, envs)
+
+
+# ------------------- The run: identical in every script; skip it if you are here for the algorithm --------------------
+
+
+def fail(message: str, code: int = 2) -> NoReturn:  # exit codes: 2 is bad input, 3 NaN or inf, 130 an interrupt
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def prepare(args: Args) -> None:  # resolve what depends on time and machine, before an environment can call os.chdir
+    name = re.sub("[^A-Za-z0-9.-]+", "-", args.env_id) + f"__{Path(__file__).stem}__{args.seed}"
+    args.run_dir = os.path.abspath(args.run_dir or time.strftime(f"runs/{name}__%Y%m%dT%H%M%SZ", time.gmtime()))
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: PyTorch finds no GPU")
+    torch.set_num_threads(args.torch_threads or torch.get_num_threads())
+
+
+def start_envs(args: Args, stream: str, step: int, num_envs: int, old_envs=None, render: bool = False):
+    """Replace `old_envs`. All random numbers restart from (seed, step), so that checkpoints need not hold any state."""
+    try:
+        old_envs and old_envs.close()
+    except Exception as error:  # not worth losing a run
+        print(f"warning: an environment failed to close: {error!r}", file=sys.stderr)
+    envs = make_envs(args, num_envs, render)
+    seed = int(np.random.SeedSequence([args.seed, step, *stream.encode()]).generate_state(1)[0]) >> 1
+    for seed_library in (random.seed, np.random.seed, torch.manual_seed):
+        seed_library(seed)
+    torch.set_default_dtype(torch.float32)  # a package with environments may have changed it
+    for i, env in enumerate(envs.envs):
+        for space in (env.action_space, env.unwrapped.action_space, env.unwrapped.observation_space):
+            space.seed(seed + i)
+    return envs, envs.reset(seed=seed)[0]
+
+
+def write_atomically(path: Path, write) -> None:  # a crash leaves the old file or the new one
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    temporary.replace(path)
+
+
+class Run:
+    """The run folder: args.json, a copy of the script, episodes.csv, TensorBoard events, checkpoint.pt, results."""
+
+    def __init__(self, args: Args, **parts) -> None:  # parts: all that a resume restores, each with a state_dict
+        self.args, self.parts, self.path, script = args, parts, Path(args.run_dir), Path(__file__)
+        if not args.resume and self.path.exists() and set(os.listdir(self.path)) - {".lock", script.name}:
+            fail(f"{self.path} exists: continue it with --resume, or choose another --run-dir")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = FileLock(self.path / ".lock").acquire(blocking=False)
+        except OSError as error:  # also filelock.Timeout
+            fail(f"cannot use {self.path}, or another process does: {error}")
+        state = {"step": 0, "seconds": 0.0, "recent": [], "csv_size": 0}
+        if not args.resume:
+            git = ["git", "-C", script.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+            versions = {package.name: package.version for package in importlib.metadata.distributions()}
+            about = {"args": asdict(args), "command": sys.argv, "commit": commit, "versions": versions}
+            about |= {"cpu": torch.cpu.get_capabilities().get("cpu_name"), "threads": torch.get_num_threads()}
+            about |= {"gpu": torch.cuda.get_device_name() if args.device == "cuda" else None, "started": time.ctime()}
+            shutil.copy(script, self.path)
+            write_atomically(self.path / "args.json", lambda path: path.write_text(json.dumps(about, indent=2)))
+        elif (self.path / "checkpoint.pt").exists():
+            state = torch.load(self.path / "checkpoint.pt", map_location="cpu", weights_only=True)
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+        self.start_step, self.next_checkpoint = state["step"], state["step"] or args.checkpoint_every
+        self.started = time.perf_counter() - state["seconds"]
+        self.recent = deque(state["recent"], maxlen=100)  # (return, length) of the last 100 episodes
+        self.returns, self.lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, int)
+        self.episodes = (self.path / "episodes.csv").open("a", buffering=1)
+        self.episodes.truncate(state["csv_size"])
+        if not state["csv_size"]:
+            self.episodes.write("step,seconds,return,length\n")
+        self.writer = SummaryWriter(self.path, purge_step=self.start_step + 1)  # hides what a killed run logged later
+        interval = 0.5 if sys.stderr.isatty() else 60  # seconds
+        self.bar = tqdm(total=args.total_timesteps, initial=self.start_step, unit_scale=True, mininterval=interval)
+
+    def checkpoint(self, step: int, last: bool = False) -> bool:
+        """Save every `checkpoint_every` steps. True then and after a resume: the environments have to restart."""
+        if step < self.next_checkpoint and not last:
+            return False
+        self.next_checkpoint = (step // self.args.checkpoint_every + 1) * self.args.checkpoint_every
+        self.returns[:] = self.lengths[:] = 0
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"step": step, "seconds": time.perf_counter() - self.started}
+        state |= {"recent": list(self.recent), "csv_size": os.path.getsize(self.episodes.name)}
+        write_atomically(self.path / "checkpoint.pt", lambda path: torch.save(state, path))
+        if not self.recent and step < 2 * self.args.checkpoint_every:
+            self.bar.write("warning: no episode has ended yet; a larger --checkpoint-every may help", sys.stderr)
+        return True
+
+    def record(self, step: int, rewards: np.ndarray, dones: np.ndarray) -> None:
+        """Count one step of every environment; each episode that ended becomes a row of episodes.csv."""
+        self.returns += rewards
+        self.lengths += 1
+        for i in np.flatnonzero(dones):
+            row = step, round(time.perf_counter() - self.started, 2), float(self.returns[i]), int(self.lengths[i])
+            self.episodes.write(",".join(map(str, row)) + "\n")
+            self.recent.append(row[2:])
+            self.returns[i] = self.lengths[i] = 0
+
+    def log(self, step: int, history: list[dict[str, Tensor]], charts: dict[str, Tensor | float]) -> None:
+        """Write the means of `history` and `charts` to TensorBoard; stop the run if anything is NaN or inf."""
+        metrics = {name: torch.stack([x[name] for x in history]).mean() for name in (history or [{}])[0]} | charts
+        metrics["charts/SPS"] = step / (time.perf_counter() - self.started)
+        metrics["charts/weight_norm"] = nn.utils.get_total_norm(self.parts["agent"].parameters()).item()
+        if self.recent:
+            metrics["charts/episodic_return"], metrics["charts/episodic_length"] = np.mean(self.recent, axis=0)
+            self.bar.set_postfix_str(f"return {metrics['charts/episodic_return']:.1f}", refresh=False)
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, float(value), step)
+        self.bar.update(min(step, self.bar.total) - self.bar.n)  # the last rollout may go beyond total_timesteps
+        if bad := [name for name, value in metrics.items() if not math.isfinite(value)]:
+            self.writer.close()
+            fail(f"{self.path} diverged before step {step}: NaN or inf in {', '.join(bad[:3])}", code=3)
+
+    def finish(self, step: int, envs: gym.vector.VectorEnv) -> None:  # result.json marks a finished run
+        agent, seconds = self.parts["agent"], time.perf_counter() - self.started
+        self.checkpoint(step, last=True)  # a kill from here on costs no training
+        self.bar.close()
+        self.writer.close()
+        write_atomically(self.path / "agent.safetensors", lambda path: safetensors.torch.save_model(agent, path))
+        final_return = np.mean(self.recent, axis=0)[0] if self.recent else None
+        result = dict(final_return=final_return, **evaluate(self.args, agent, envs), steps=step, seconds=seconds)
+        peak = importlib.import_module("resource").getrusage(0).ru_maxrss if os.name == "posix" else 0
+        result |= {"sps": step / seconds, "peak_memory_mb": peak / (2**20 if sys.platform == "darwin" else 2**10)}
+        write_atomically(self.path / "result.json", lambda path: path.write_text(json.dumps(result, indent=2)))
+        (self.path / "checkpoint.pt").unlink()
+        print(f"curves: tensorboard --logdir {self.path}; video: {sys.argv[0]} --evaluate {self.path} --video")
+
+
+@torch.inference_mode()
+def evaluate(args: Args, agent: nn.Module, envs: gym.vector.VectorEnv, video=None) -> dict:
+    """Greedy episodes, one per environment, so that short ones do not count more; at most `num_envs` at a time."""
+    returns, running = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, bool)
+    for first in range(0, len(returns), args.num_envs):
+        rows = slice(first, min(first + args.num_envs, len(returns)))
+        envs, obs = start_envs(args, "eval", first, rows.stop - first, envs, render=video is not None)
+        for _ in tqdm(range(30_000), desc="evaluation", leave=False, delay=1, mininterval=1):
+            if video:
+                video.append_data(envs.envs[0].render())
+            actions = agent.act(torch.from_numpy(obs).to(args.device)).cpu().numpy()
+            obs, rewards, terminations, truncations, _ = envs.step(actions)
+            returns[rows] += np.where(running[rows], rewards, 0)
+            running[rows] &= ~(terminations | truncations)
+            if not running[rows].any():
+                break
+    result = {"eval_return_mean": returns.mean(), "eval_return_std": returns.std(), "eval_episodes": len(returns)}
+    note = f" ({running.sum()} truncated after 30,000 steps)" if running.any() else ""
+    print(f"{args.run_dir}: return {returns.mean():.1f} +- {returns.std():.1f} in {len(returns)} greedy episodes{note}")
+    return result | {"eval_truncated": int(running.sum())}
+
+
+def record_video(args: Args, agent: nn.Module, envs: gym.vector.VectorEnv) -> None:
+    path, fps = Path(args.run_dir, "videos", f"seed{args.seed}.mp4"), float(envs.metadata.get("render_fps") or 30)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with importlib.import_module("imageio").get_writer(path, fps=fps, macro_block_size=2) as video:
+            evaluate(replace(args, eval_episodes=1), agent, envs, video)
+    except (Exception, SystemExit) as error:  # the result is saved
+        print(f"warning: no video: {error!r}", file=sys.stderr)
 
 
 def main() -> None:
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
-    args = parse_args()
-    torch.set_num_threads(args.torch_threads)
+    sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))  # None if closed
+    sys.stdout.reconfigure(errors="replace")  # not every terminal can print every path
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` ends a run as Ctrl-C does
+    words = [re.sub(r"(?<![^=])\d+(\.\d)?e[3-9]$", lambda m: f"{float(m[0]):.0f}", x) for x in sys.argv[1:]]  # 1e6
+    args = tyro.cli(Args, args=words, description=__doc__.split("\n")[0])
+    if folder := args.resume or args.evaluate:  # the flags of that run become the defaults
+        needed = {Path(__file__).name, "args.json", "agent.safetensors" if args.evaluate else "episodes.csv"}
+        found = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        if needed - found or args.resume and (args.evaluate or "result.json" in found):
+            fail(f"{folder} is not the folder of {'an unfinished' if args.resume else 'a finished'} run of this script")
+        saved = json.loads(Path(folder, "args.json").read_text())["args"] | {"run_dir": folder, "resume": args.resume}
+        defaults = Args(**{name: saved[name] for name in Args.__dataclass_fields__ if name in saved})
+        args = tyro.cli(Args, args=words, default=defaults)
+        if args.resume and args != defaults:
+            fail("--resume continues a run with its own flags: remove the others")
     try:
-        if args.video:
-            check_video(args)
-        if args.evaluate:
-            evaluate_saved(args)
-        else:
+        if not args.evaluate:
             train(args)
+        if args.evaluate or args.video:
+            prepare(args)
+            envs, _ = start_envs(args, "eval", 0, 1)
+            agent = Agent(envs, args).to(args.device)
+            safetensors.torch.load_model(agent, Path(args.run_dir, "agent.safetensors"))
+            args.evaluate and evaluate(args, agent, envs)
+            args.video and record_video(args, agent, envs)
     except KeyboardInterrupt:
-        folder = Path(args.run_dir)
-        is_unfinished = (folder / "args.json").exists() and not (folder / "result.json").exists()
-        hint = f"; to go on: {UV}python {shlex.quote(sys.argv[0])} --resume {shlex.quote(args.run_dir)}"
-        print(f"\nstopped{hint if is_unfinished else ''}", file=sys.stderr)
-        raise SystemExit(130) from None
-    except OSError as error:
-        hint = f"; what was saved before is intact. To go on: --resume {shlex.quote(args.run_dir)}"
-        fail(f"{error}{'' if args.evaluate else hint}")
+        fail("interrupted" if args.evaluate else f"interrupted: continue with --resume {args.run_dir}", code=130)
+    except Exception as error:
+        if isinstance(error, MemoryError) or re.search("No space|argument.+creator|size mismatch", str(error)):
+            fail(" ".join(str(error).split()))
+        error.add_note("If the error is in your environment, gymnasium.utils.env_checker.check_env may explain it.")
+        raise
 
 
 if __name__ == "__main__":

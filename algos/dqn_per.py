@@ -1,908 +1,547 @@
-"""Double DQN with prioritised replay (PER), for vector observations and discrete actions.
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#     "filelock==4.3.1", "gymnasium[classic-control]==1.4.0", "imageio[ffmpeg]==2.38.1", "numpy==2.4.6",
+#     "safetensors==0.8.0", "tensorboard==2.21.0", "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.17",
+# ]
+# ///
+"""Double DQN with prioritized experience replay (PER), for vector observations and discrete actions.
 
-    python algos/dqn_per.py                                         # CartPole-v1
-    python algos/dqn_per.py --env-id LunarLander-v3 --total-timesteps 300000
-    python algos/dqn_per.py --n-step 1                              # the two papers alone
-    python algos/dqn_per.py --dueling                               # four of the six parts of Rainbow
-    python algos/dqn_per.py --resume runs/CartPole-v1__dqn_per__1__...  # goes on where a killed run was
-    python algos/dqn_per.py --evaluate runs/CartPole-v1__dqn_per__1__... --eval-episodes 20 --video
+    uv run dqn_per.py                                     # CartPole-v1; or: python dqn_per.py
+    uv run dqn_per.py --dueling --n-step 1                # --help lists all flags
+    uv run dqn_per.py --resume runs/CartPole-v1__dqn_per__1__...
+    uv run dqn_per.py --evaluate runs/CartPole-v1__dqn_per__1__... --video
 
-Papers: van Hasselt et al. 2016, "Deep Reinforcement Learning with Double Q-learning", arXiv:1509.06461 ("Double DQN"
-below); Schaul et al. 2016, "Prioritized Experience Replay", arXiv:1511.05952 ("PER"): the proportional variant; Wang
-et al. 2016, "Dueling Network Architectures for Deep Reinforcement Learning", arXiv:1511.06581 (`--dueling`); Sutton
-1988, "Learning to predict by the methods of temporal differences" (`--n-step`).
+Papers: van Hasselt et al. 2016 (Double DQN, arXiv:1509.06461); Schaul et al. 2016 (PER, arXiv:1511.05952); Wang et al.
+2016 (dueling networks, arXiv:1511.06581); Sutton 1988 (n-step returns).
 
-What differs from the papers: all that differs in `dqn.py`. The weights that make up for the uneven sampling are divided
-by the largest of the batch instead of the largest of the replay, which would need a second tree. Returns of n steps are
-computed when a batch is drawn: they stop at any end of an episode and at the newest observation, with as many steps as
-there are until then, so no transition is ever left out; they are not corrected for the age of the actions in them.
+Details that matter, besides those of dqn.py:
+- The online network chooses the next action, the target network evaluates it: errors of one are not taken twice.
+- Proportional priorities in a sum tree; new transitions get the largest priority so far. The importance weights are
+  divided by the largest of the batch instead of the largest of the buffer.
+- n-step returns are computed when a batch is sampled. They stop at the end of an episode and at the newest transition,
+  with as many steps as there are, so that no transition is left out.
 
-What to notice, coming from `dqn.py`: the online network chooses the best next action and the target network says what
-it is worth, so that one network's lucky error is not taken twice (`double_dqn_loss`); what was predicted badly is drawn
-more often (`Priorities`), for which a tree of sums finds a row by its share of the whole in log2(rows) steps
-(`SumTree`). The replay is the same, and so is the rest of the loop.
-
-What it does not do: the rank-based variant, noisy or distributional networks, images. Scores: docs/BENCHMARKS.md.
-
-The file is long because it repeats all that a script needs to stand alone: from "the run" to "training" the text is
-the same in every file, but for `start_envs`, `to_tensor` and `frame`, and who reads for the algorithm can skip it.
+Not included: the rank-based variant, noisy or distributional networks, images. Read next: sac_discrete.py.
 """
 
-import csv
-import difflib
-import hashlib
 import importlib.metadata
 import json
 import math
 import os
-import platform
 import random
 import re
-import resource
-import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import warnings
-import zipfile
 from collections import deque
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import gymnasium as gym
-import imageio
-import mujoco
 import numpy as np
 import safetensors.torch
 import torch
 import tyro
-from gymnasium.vector import AutoresetMode
+from filelock import FileLock
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-AUTO_DEVICE = "cpu"  # what --device auto means here
-TRAIN, EVAL = 0, 1  # purposes of random streams
-EVALUATION = "env_id", "seed", "eval_episodes", "video", "device", "torch_threads"  # flags that --evaluate may change
-UV = "uv run " if "UV" in os.environ else ""  # how a printed command has to begin
-LOG_EVERY = 1000  # steps between two points of the curves
-
 
 @dataclass
 class Args:
-    # The run
-    env_id: str = "CartPole-v1"
-    """Gymnasium id of the environment; `package:Name-v0` imports the package first"""
-    seed: int = 1
-    """decides every random number of the run"""
-    total_timesteps: int = 200_000
-    """environment steps, summed over the parallel environments"""
-    run_dir: str | None = None
-    """folder of the run; by default runs/{env}__{algo}__{seed}__{UTC time}"""
-    resume: str | None = None
-    """go on with the run in this folder, under its own flags"""
-    evaluate: str | None = None
-    """evaluate the agent in this run folder instead of training"""
-    eval_episodes: int = 20
-    """episodes of the evaluation, one environment each"""
-    video: bool = False
-    """film the first episode of the evaluation into videos/"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: the GPU for networks that see images, if there is one; the CPU for small networks"""
-    torch_threads: int = 1
-    """CPU threads of PyTorch; 0 for one per core. Part of the result: sums are rounded in another order"""
-    compile: bool = False
-    """compile the loss with torch.compile (on a GPU into CUDA graphs)"""
-    checkpoint_every: int = 0
-    """steps between checkpoints; 0 for a tenth of the run. Each cuts the running episodes, which then do not count"""
+    env_id: str = "CartPole-v1"  # Gymnasium id; `package:Name-v0` imports the package first
+    seed: int = 1  # random seed
+    total_timesteps: int = 200_000  # environment steps, summed over all environments
+    env_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)  # for gym.make: name value name value
 
     # The algorithm
-    num_envs: int = 4
-    """parallel environments (N)"""
-    buffer_size: int = 100_000
-    """transitions in the replay; each end of an episode takes the place of one"""
-    learning_starts: int = 1_000
-    """steps before the first update; until then actions are random"""
-    train_frequency: int = 8
-    """environment steps between two rounds of updates"""
-    gradient_steps: int = 2
-    """updates per round: gradient_steps / train_frequency of them per environment step"""
-    batch_size: int = 128
-    """transitions per update (B)"""
-    learning_rate: float = 1e-3
-    """learning rate of Adam at the start"""
-    anneal_lr: bool = True
-    """let the learning rate fall linearly towards 0"""
-    gamma: float = 0.99
-    """discount factor"""
-    target_network_frequency: int = 500
-    """environment steps between two updates of the target network"""
-    tau: float = 1.0
-    """share of the online network in an update of the target network; 1 copies it"""
-    start_e: float = 1.0
-    """epsilon at the start: the probability of a random action"""
-    end_e: float = 0.01
-    """epsilon at the end"""
-    exploration_fraction: float = 0.2
-    """share of the run in which epsilon falls from start_e to end_e"""
-    per_alpha: float = 0.6
-    """how much the priorities count: 0 draws uniformly, 1 in proportion to the TD error"""
-    per_beta: float = 0.4
-    """how much of the uneven sampling the weights make up for, at the start; it rises linearly to 1, all of it"""
-    per_eps: float = 1e-3
-    """added to each TD error, so that every transition is drawn now and then"""
-    n_step: int = 3
-    """rewards that are summed before the estimate of the rest"""
-    dueling: bool = False
-    """split Q(s, a) into a value of the state and advantages of the actions"""
-    hidden_size: int = 128
-    """width of the two hidden layers"""
+    num_envs: int = 4  # parallel environments (N)
+    buffer_size: int = 100_000  # transitions in the replay buffer
+    learning_starts: int = 1_000  # environment steps with random actions before the first update
+    train_frequency: int = 8  # environment steps between rounds of updates
+    gradient_steps: int = 2  # updates per round
+    batch_size: int = 128  # transitions per update (B)
+    learning_rate: float = 1e-3  # initial learning rate of Adam
+    anneal_lr: bool = True  # anneal the learning rate linearly to 0
+    gamma: float = 0.99  # discount factor
+    target_network_frequency: int = 500  # environment steps between updates of the target network
+    tau: float = 1.0  # target network update rate; 1 copies the network
+    start_e: float = 1.0  # initial epsilon: the probability of a random action
+    end_e: float = 0.01  # final epsilon
+    exploration_fraction: float = 0.2  # fraction of the run in which epsilon is annealed from start_e to end_e
+    per_alpha: float = 0.6  # exponent of the priorities: 0 samples uniformly, 1 in proportion to the TD error
+    per_beta: float = 0.4  # initial exponent of the importance weights, annealed to 1
+    per_eps: float = 1e-3  # added to each TD error, so that every transition can be sampled
+    n_step: int = 3  # rewards that are summed before the bootstrap
+    dueling: bool = False  # split Q(s, a) into a value of the state and advantages of the actions
+    hidden_size: int = 128  # width of the two hidden layers
 
+    # The run
+    run_dir: str = ""  # run folder; default: runs/{env}__{algo}__{seed}__{UTC time}
+    resume: str = ""  # resume the run in this folder, with its own flags
+    evaluate: str = ""  # evaluate the agent of the run in this folder instead of training
+    eval_episodes: int = 20  # episodes of the evaluation
+    video: bool = False  # record a video of the first one
+    device: Literal["cpu", "cuda"] = "cpu"  # for networks this small the CPU is faster
+    torch_threads: int = 1  # CPU threads of PyTorch; 0: PyTorch's default
+    compile: bool = False  # torch.compile the loss
+    checkpoint_every: int = 100_000  # steps; a checkpoint restarts the environments and discards unfinished episodes
 
-LIMITS = {  # flag: smallest and largest value
-    "seed": (0, 2**63),
-    "total_timesteps": (1, math.inf),
-    "eval_episodes": (1, 10_000),
-    "torch_threads": (0, 1024),
-    "checkpoint_every": (0, math.inf),
-    "num_envs": (1, 100_000),
-    "buffer_size": (1, 2**31),
-    "learning_starts": (0, math.inf),
-    "train_frequency": (1, math.inf),
-    "gradient_steps": (1, math.inf),
-    "batch_size": (1, math.inf),
-    "learning_rate": (1e-12, 10),
-    "gamma": (0, 1),
-    "target_network_frequency": (1, math.inf),
-    "tau": (1e-12, 1),
-    "start_e": (0, 1),
-    "end_e": (0, 1),
-    "exploration_fraction": (0, 1),
-    "per_alpha": (0, 1),
-    "per_beta": (0, 1),
-    "per_eps": (1e-12, 1),
-    "n_step": (1, 10_000),
-    "hidden_size": (1, 100_000),
-}
-
-
-# ------------------------------------------------------------------------------------------------------- networks
+    def __post_init__(self) -> None:  # tyro reports a ValueError as a usage error
+        for name, value in vars(self).items():
+            lowest = 1 if type(value) is int and name not in ("seed", "torch_threads", "learning_starts") else 0
+            if isinstance(value, int | float) and not lowest <= value < math.inf:
+                raise ValueError(f"{name} must be at least {lowest} and finite, not {value}")
+        if max(self.gamma, self.tau, self.start_e, self.end_e, self.exploration_fraction) > 1:
+            raise ValueError("gamma, tau, start_e, end_e, and exploration_fraction must be at most 1")
+        if max(self.per_alpha, self.per_beta) > 1 or self.per_eps == 0:
+            raise ValueError("per_alpha and per_beta must be at most 1, and per_eps greater than 0")
+        if self.num_envs > min(self.train_frequency, self.target_network_frequency, self.buffer_size):
+            raise ValueError("num_envs must be at most train_frequency, target_network_frequency, and buffer_size")
 
 
 class Agent(nn.Module):
-    """Q(s, a) of every action; with `--dueling`, as V(s) + A(s, a), which share the first layer."""
+    """The Q-network; with `--dueling`, V(s) and the advantages A(s, a), which share the first layer."""
 
-    def __init__(self, envs: gym.vector.VectorEnv, args: Args):
+    def __init__(self, envs: gym.vector.VectorEnv, args: Args) -> None:
         super().__init__()
-        num_inputs, num_actions = envs.single_observation_space.shape[0], int(envs.single_action_space.n)
-        self.body = nn.Sequential(nn.Linear(num_inputs, args.hidden_size), nn.ReLU())
+        obs_dim, num_actions = envs.single_observation_space.shape[0], int(envs.single_action_space.n)
+        self.body = nn.Sequential(nn.Linear(obs_dim, args.hidden_size), nn.ReLU())
         self.q = self.head(args.hidden_size, num_actions)
         self.v = self.head(args.hidden_size, 1) if args.dueling else None
 
-    def head(self, width: int, num_outputs: int) -> nn.Sequential:
-        return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, num_outputs))
+    def head(self, width: int, outputs: int) -> nn.Sequential:
+        return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, outputs))
 
     def forward(self, obs: Tensor) -> Tensor:
-        """Q(s, .): obs (..., D) -> (..., A). Dueling eq. 9: the advantages count from their mean over the actions."""
-        x = self.body(obs)
-        q = self.q(x)
-        return q if self.v is None else self.v(x) + q - q.mean(-1, keepdim=True)
+        """Q(s, a) of every action: (..., D) -> (..., A). Dueling eq. 9: advantages are relative to their mean."""
+        hidden = self.body(obs)
+        q_values = self.q(hidden)
+        return q_values if self.v is None else self.v(hidden) + q_values - q_values.mean(-1, keepdim=True)
 
-    def value(self, obs: Tensor) -> Tensor:
-        """max_a Q(s, a): obs (..., D) -> (...)."""
-        return self(obs).amax(-1)
-
+    @torch.no_grad()
     def act(self, obs: Tensor) -> Tensor:
-        """The action of the largest value: obs (N, D) -> (N,)."""
+        """Greedy actions: (N, D) -> (N,)."""
         return self(obs).argmax(-1)
 
 
-# ------------------------------------------------------------------------------------------------------ algorithm
+class Adapter(gym.Wrapper):
+    """Observations as float32 copies (some environments reuse their array), no infos, actions in the space's dtype."""
+
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env)
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
+
+    def reset(self, **kwargs):
+        obs, _ = self.env.reset(**kwargs)
+        return np.array(obs, np.float32), {}
+
+    def step(self, action):
+        action = self.action_space.dtype.type(action + self.action_space.start)
+        obs, reward, terminated, truncated, _ = self.env.step(action)
+        return np.array(obs, np.float32), np.asarray(reward, np.float64).item(), terminated, truncated, {}
 
 
-def linear_schedule(start: float, end: float, duration: float, step: int) -> float:
-    """From `start` at step 0 in a straight line to `end` at step `duration`, and `end` from there on."""
-    return start + (end - start) * min(step / max(duration, 1), 1)
+def make_envs(args: Args, num_envs: int, render: bool = False) -> gym.vector.VectorEnv:
+    """SAME_STEP autoreset: where an episode ends, `step` already returns the first observation of the next one."""
+
+    def make_env() -> gym.Env:
+        env = gym.make(args.env_id, **args.env_kwargs, **({"render_mode": "rgb_array"} if render else {}))
+        # Your wrappers go here, without memory: they start anew at checkpoints (for statistics, see ppo_continuous.py)
+        if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
+            fail(f"{args.env_id} has observations {env.observation_space}, not a Box of shape (n,)")
+        if not isinstance(env.action_space, gym.spaces.Discrete):
+            fail(f"{args.env_id} has actions {env.action_space}, not Discrete: see sac_continuous.py")
+        return Adapter(env)
+
+    try:
+        return gym.vector.SyncVectorEnv([make_env] * num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    except (gym.error.Error, ImportError) as error:
+        fail(f"cannot make {args.env_id}: {error}")
 
 
-class Replay:
-    """The last transitions of N environments, with one copy of each observation.
-
-    Row k * N + i holds what environment i did at place k of its ring. The transition that starts in a row leads to the
-    observation in the next row of the same environment. The last observation of an episode has a row of its own, in
-    which no transition starts, and the next episode begins after it: so ends, time limits and the place where new rows
-    overwrite old ones need no special case. `starts` marks the rows where a transition starts. Nothing is allocated
-    after the beginning.
-    """
-
-    def __init__(self, capacity: int, envs: gym.vector.VectorEnv):
-        obs_space, action_space = envs.single_observation_space, envs.single_action_space
-        self.N, self.filled = envs.num_envs, 0  # rows that were ever written
-        self.rows = self.N * (-(-capacity // self.N) + 2)
-        self.obs = np.zeros((self.rows, *obs_space.shape), np.float32)
-        action_type = action_space.dtype if isinstance(action_space, gym.spaces.Discrete) else np.float32
-        self.actions = np.zeros((self.rows, *action_space.shape), action_type)
-        self.rewards = np.zeros(self.rows, np.float32)
-        self.terminations = np.zeros(self.rows, bool)
-        self.starts = np.zeros(self.rows, bool)
-        self.heads = np.arange(self.N)  # the row where each environment goes on
-
-    def add(self, obs, actions, rewards, next_obs, terminations, dones) -> np.ndarray:
-        """A step of all environments, each (N, ...); `next_obs` are the real last ones where an episode ended.
-
-        Returns the rows (2N,) that it wrote: where these transitions start, and what they lead to.
-        """
-        rows, after = self.heads, self.after(self.heads)
-        self.obs[rows], self.obs[after] = obs, next_obs
-        self.actions[rows], self.rewards[rows], self.terminations[rows] = actions, rewards, terminations
-        self.starts[rows], self.starts[after] = True, False
-        if self.filled < self.rows:
-            self.filled = max(self.filled, int(rows.max()) + 1)
-        self.heads = np.where(dones, self.after(after), after) if dones.any() else after
-        return np.concatenate([rows, after])
-
-    def after(self, rows: np.ndarray) -> np.ndarray:
-        """The next rows of the same environments."""
-        return (rows + self.N) % self.rows
-
-    def cut(self) -> np.ndarray:
-        """The environments were made anew: what they had reached gets rows of its own (N,), as after an end."""
-        rows, self.heads = self.heads, self.after(self.heads)
-        self.starts[rows] = False
-        return rows
-
-    def sample(self, size: int) -> np.ndarray:
-        """Rows (B,) drawn uniformly, with replacement, from those in which a transition starts."""
-        rows = np.random.randint(self.filled, size=size)
-        while (misses := ~self.starts[rows]).any():
-            rows[misses] = np.random.randint(self.filled, size=misses.sum())
-        return rows
-
-    def batch(self, rows: np.ndarray, device: str) -> list[Tensor]:
-        """obs, actions, rewards, next_obs, terminations of the transitions that start in `rows` (B,)."""
-        next_obs, terminations = self.obs[self.after(rows)], self.terminations[rows]
-        arrays = self.obs[rows], self.actions[rows], self.rewards[rows], next_obs, terminations
-        return [torch.from_numpy(array).to(device) for array in arrays]
-
-    def state_dict(self) -> dict:
-        arrays = {name: torch.from_numpy(value) for name, value in vars(self).items() if isinstance(value, np.ndarray)}
-        return arrays | {"filled": self.filled}
-
-    def load_state_dict(self, state: dict) -> None:
-        for name, value in vars(self).items():
-            if isinstance(value, np.ndarray):
-                np.copyto(value, state[name].numpy())
-        self.filled = state["filled"]
-
-
-def n_step_batch(replay: Replay, rows: np.ndarray, n: int, gamma: float, device: str) -> list[Tensor]:
-    """obs, actions, returns, discounts, next_obs, terminations of the windows that start in `rows` (B,).
-
-    A window has n transitions, or the k < n that there are up to the end of the episode or the newest observation:
-
-        return = sum_{j < k} gamma^j r_j,  discount = gamma^k,  next_obs = what the last of its transitions led to.
-    """
-    returns, discounts = np.zeros(len(rows), np.float32), np.ones(len(rows), np.float32)
-    terminations, ends = np.zeros(len(rows), bool), rows
-    for _ in range(n):
-        goes_on = replay.starts[ends]
-        returns += discounts * replay.rewards[ends] * goes_on
-        terminations |= replay.terminations[ends] & goes_on
-        discounts = np.where(goes_on, gamma * discounts, discounts)
-        ends = np.where(goes_on, replay.after(ends), ends)
-    arrays = replay.obs[rows], replay.actions[rows], returns, discounts, replay.obs[ends], terminations
-    return [torch.from_numpy(array).to(device) for array in arrays]
+def real_next_obs(next_obs: np.ndarray, infos: dict) -> np.ndarray:
+    """What the actions led to: the final observation where an episode ended, not the first one of the next episode."""
+    if "final_obs" in infos:
+        next_obs, ended = next_obs.copy(), infos["_final_obs"]
+        next_obs[ended] = np.stack(infos["final_obs"][ended])
+    return next_obs
 
 
 class SumTree:
-    """Numbers >= 0 in the leaves of a binary tree in which every node is the sum of its two children.
+    """A binary tree with priorities as leaves; every other node is the sum of its two children (float64: no drift)."""
 
-    Node 1 is the root, nodes 2 i and 2 i + 1 are the children of node i. The leaves are filled up with zeros to a power
-    of two, so that all are equally deep. A changed node is added up anew from its children, in float64: nothing drifts,
-    however often leaves change.
-    """
-
-    def __init__(self, num_leaves: int):
+    def __init__(self, num_leaves: int) -> None:
         self.depth = (num_leaves - 1).bit_length()
-        self.first_leaf = 1 << self.depth
+        self.first_leaf = 1 << self.depth  # node 1 is the root; nodes 2i and 2i + 1 are the children of node i
         self.sums = np.zeros(2 * self.first_leaf)
 
-    @property
-    def total(self) -> float:
-        return float(self.sums[1])
-
-    def __getitem__(self, leaves: np.ndarray) -> np.ndarray:
-        return self.sums[self.first_leaf + leaves]
-
-    def set(self, leaves: np.ndarray, values) -> None:
-        """leaves (B,) <- values (B,). Of a leaf that is named more than once the last value stays."""
+    def set(self, leaves: np.ndarray, values: np.ndarray) -> None:
+        """leaves (B,) <- values (B,). The last value counts where a leaf occurs more than once."""
         nodes = self.first_leaf + leaves
         self.sums[nodes] = values
         for _ in range(self.depth):
-            pairs = self.sums[nodes] + self.sums[nodes ^ 1]  # with its sibling
             nodes = nodes >> 1
-            self.sums[nodes] = pairs
+            self.sums[nodes] = self.sums[2 * nodes] + self.sums[2 * nodes + 1]
 
     def find(self, masses: np.ndarray) -> np.ndarray:
-        """The leaves (B,) under which `masses` (B,) in [0, total) fall, if all leaves lie side by side.
-
-        From the root down: left if the mass falls under the left child, else right with what is left of the mass. Where
-        rounding leaves a mass as large as the whole node, a right child that is zero is not entered. So a leaf of zero
-        is never found, unless all are.
-        """
+        """The leaves (B,) at which the cumulative sum of priorities exceeds `masses` (B,), each below the total."""
         nodes = np.ones(len(masses), np.int64)
         for _ in range(self.depth):
-            nodes = nodes << 1
-            left = self.sums[nodes]
-            goes_right = (masses >= left) & (self.sums[nodes + 1] > 0)
-            masses = masses - left * goes_right
-            nodes += goes_right
+            left = self.sums[2 * nodes]
+            right = (masses >= left) & (self.sums[2 * nodes + 1] > 0)  # rounding never leads to a leaf of priority 0
+            masses = masses - left * right
+            nodes = 2 * nodes + right
         return nodes - self.first_leaf
 
 
-class Priorities:
-    """How often each row of a replay is drawn: p = (|TD error| + eps)^alpha (PER eq. 1), and 0 where nothing starts."""
+class ReplayBuffer:
+    """The most recent transitions, in preallocated arrays, and their priorities; samples n-step windows by priority."""
 
-    def __init__(self, replay: Replay, args: Args):
-        self.replay, self.alpha, self.eps = replay, args.per_alpha, args.per_eps
-        self.tree, self.largest = SumTree(replay.rows), 1.0
+    def __init__(self, args: Args, envs: gym.vector.VectorEnv) -> None:
+        self.args, self.N = args, envs.num_envs
+        self.size, self.added = args.buffer_size - args.buffer_size % self.N, 0  # a multiple of N: `add` never wraps
+        self.obs, self.next_obs = np.zeros((2, self.size, *envs.single_observation_space.shape), np.float32)
+        self.actions, self.rewards = np.zeros(self.size, np.int64), np.zeros(self.size, np.float32)
+        self.terminations, self.dones = np.zeros((2, self.size), bool)
+        self.arrays = [self.obs, self.actions, self.rewards, self.next_obs, self.terminations, self.dones]
+        self.tree, self.largest = SumTree(self.size), np.ones(1)
 
-    def mark(self, rows: np.ndarray) -> None:
-        """Follow the replay, which has changed these rows: new transitions get the largest priority there has been."""
-        self.tree.set(rows, np.where(self.replay.starts[rows], self.largest, 0.0))
+    def add(self, *transition: np.ndarray) -> None:
+        """Add a step of all environments, (N, ...): obs, actions, rewards, next_obs, terminations, dones."""
+        rows = (self.added + np.arange(self.N)) % self.size
+        for array, values in zip(self.arrays, transition, strict=True):
+            array[rows] = values
+        self.tree.set(rows, self.largest)
+        self.added += self.N
 
-    def sample(self, size: int, beta: float) -> tuple[np.ndarray, np.ndarray]:
-        """Rows (B,), one from each of B equal shares of the sum of all priorities, and their weights (B,).
+    def end_episodes(self) -> None:
+        """The environments restart: no window crosses from the newest transitions to the next ones."""
+        self.dones[(self.added - 1 - np.arange(self.N)) % self.size] = True
 
-        A row is drawn with probability P = p / sum p. Weights w = (M P)^-beta make up for it, M being the number of
-        transitions (PER sec. 3.4). They are divided by the largest in the batch, in which M and the sum cancel.
+    def sample(self, batch_size: int, beta: float) -> tuple[np.ndarray, np.ndarray]:
+        """Rows (B,), one from each of B equal shares of the total priority (PER section 3.3), and their weights (B,).
+
+        Row i is sampled with probability P_i; the weight (size * P_i)^-beta is divided by the largest of the batch.
         """
-        masses = (np.arange(size) + np.random.random(size)) * (self.tree.total / size)
+        masses = (np.arange(batch_size) + np.random.random(batch_size)) * (self.tree.sums[1] / batch_size)
         rows = self.tree.find(masses)
-        priorities = self.tree[rows]
+        priorities = self.tree.sums[self.tree.first_leaf + rows]
         return rows, ((priorities.min() / priorities) ** beta).astype(np.float32)
 
     def update(self, rows: np.ndarray, td_errors: np.ndarray) -> None:
-        """New |TD errors| (B,) of the transitions that start in `rows` (B,)."""
-        finite = np.where(np.isfinite(td_errors), td_errors, 0.0)  # a run that diverges is ended by its log, not here
-        priorities = (finite.astype(np.float64) + self.eps) ** self.alpha
-        self.largest = max(self.largest, float(priorities.max()))
+        """Set the priorities of `rows` (B,): (|TD error| + eps)^alpha, PER eq. 1."""
+        errors = np.nan_to_num(np.abs(td_errors), posinf=0).astype(np.float64)  # a diverged run is stopped by its log
+        priorities = (errors + self.args.per_eps) ** self.args.per_alpha
+        self.largest = np.maximum(self.largest, priorities.max())
         self.tree.set(rows, priorities)
 
+    def windows(self, rows: np.ndarray) -> list[np.ndarray]:
+        """obs, actions, returns, discounts, next_obs, terminations of the windows that start in `rows`, (B, ...).
+
+        A window has n transitions or the k < n up to the end of the episode or the newest transition:
+        return = sum_{j < k} gamma^j r_j, discount = gamma^k, next_obs = what its last transition led to.
+        """
+        last, returns, discounts = rows, self.rewards[rows], np.full(len(rows), self.args.gamma, np.float32)
+        for _ in range(self.args.n_step - 1):
+            newest = (self.added - 1 - last) % self.size < self.N
+            more = ~(self.dones[last] | newest)
+            last = np.where(more, (last + self.N) % self.size, last)  # the next step of the same environment
+            returns = returns + np.where(more, discounts * self.rewards[last], 0)
+            discounts = np.where(more, self.args.gamma * discounts, discounts)
+        discounts = discounts.astype(np.float32)
+        returns = returns.astype(np.float32)
+        return [self.obs[rows], self.actions[rows], returns, discounts, self.next_obs[last], self.terminations[last]]
+
     def state_dict(self) -> dict:
-        return {"sums": torch.from_numpy(self.tree.sums), "largest": self.largest}
+        arrays = [torch.from_numpy(array) for array in (*self.arrays, self.tree.sums, self.largest)]
+        return {"added": self.added, "arrays": arrays}
 
     def load_state_dict(self, state: dict) -> None:
-        np.copyto(self.tree.sums, state["sums"].numpy())
-        self.largest = state["largest"]
+        self.added = state["added"]
+        for array, saved in zip((*self.arrays, self.tree.sums, self.largest), state["arrays"], strict=True):
+            array[:] = saved.numpy()
 
 
-@torch.no_grad()
-def update_target(target: nn.Module, online: nn.Module, tau: float) -> None:
-    """target <- (1 - tau) target + tau online, buffers included; tau 1 is a copy."""
-    torch._foreach_lerp_(list(target.state_dict().values()), list(online.state_dict().values()), tau)
-
-
-METRICS = "losses/td_loss", "losses/q_values"
+def linear_schedule(start: float, end: float, duration: float, t: float) -> float:
+    """Linear from `start` at t = 0 to `end` at t = `duration`, then constant."""
+    return start + (end - start) * t / duration if t < duration else end
 
 
 def double_dqn_loss(
-    agent: Agent, target: Agent, obs, actions, returns, discounts, next_obs, terminations, weights
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Double DQN eq. 4, with the target network as the second one, on B windows: the mean of weight * (the square of)
-
-        return + discount (1 - terminated) Q_target(s', argmax_a' Q(s', a')) - Q(s, a).
-
-    Returns the loss, the METRICS (2,) and the |TD errors| (B,).
-    """
+    agent, target, obs, actions, returns, discounts, next_obs, terminations, weights
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Double DQN eq. 4 on B windows, the squared TD errors weighted. Returns the loss, TD errors (B,), and metrics."""
     with torch.no_grad():
         next_actions = agent(next_obs).argmax(-1, keepdim=True)
         next_values = target(next_obs).gather(-1, next_actions).squeeze(-1)
-        td_target = returns + discounts * ~terminations * next_values
-    q = agent(obs).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
-    loss = (weights * (td_target - q).square()).mean()
-    return loss, torch.stack([loss.detach(), q.detach().mean()]), (td_target - q.detach()).abs()
-
-
-def double_dqn_gradient(agent: Agent, target: Agent, *batch: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of `double_dqn_loss` into the parameters, in place of the last one.
-
-    Returns the METRICS (2,) and the |TD errors| (B,).
-    """
-    loss, metrics, errors = double_dqn_loss(agent, target, *batch)
-    parameters = list(agent.parameters())
-    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-        parameter.grad = gradient
-    return metrics, errors
-
-
-# -------------------------------------------------------------------------------------------------------- the run
-
-
-def fail(message: str, code: int = 2) -> None:
-    """End the program with one line on stderr. Code 2: bad input or a full disk; 3: the numbers diverged."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(code)
-
-
-def check_limits(args: Args) -> None:
-    """Every flag named in LIMITS lies in its range; None is a flag that is off."""
-    for name, (low, high) in LIMITS.items():
-        value = getattr(args, name)
-        if value is not None and not (isinstance(value, int | float) and low <= value <= high):
-            fail(f"--{name.replace('_', '-')} is {value}; it takes values from {low} to {high}")
-
-
-def reseed(seed: int, *purpose: int, num_envs: int = 0) -> list[int]:
-    """Seed Python, NumPy and PyTorch for one purpose of one run; returns a 31-bit seed for each environment.
-
-    Every (seed, purpose) is a stream of its own (`numpy.random.SeedSequence`): neighbouring seeds share nothing. A
-    training run reseeds at each checkpoint for the purpose (TRAIN, step), so no generator's state needs to be saved.
-    """
-    first, *env_seeds = (np.random.SeedSequence(seed, spawn_key=purpose).generate_state(1 + num_envs) >> 1).tolist()
-    random.seed(first)
-    np.random.seed(first)
-    torch.manual_seed(first)
-    return env_seeds
-
-
-def start_envs(args: Args, seeds: list[int], render: bool = False) -> tuple[gym.vector.VectorEnv, np.ndarray]:
-    """One environment per seed, stepped in turn, and their first observations (N, D).
-
-    An episode that ends restarts in the same step: its last observation is in infos["final_obs"]. An environment that
-    does not fit ends the program.
-    """
-
-    def make() -> gym.Env:
-        return gym.make(args.env_id, disable_env_checker=True, **{"render_mode": "rgb_array"} if render else {})
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        mujoco.set_mju_user_warning(lambda message: None)  # HalfCheetah's model warns each time, and into a file too
-        try:
-            envs = gym.vector.SyncVectorEnv([make] * len(seeds), autoreset_mode=AutoresetMode.SAME_STEP)
-            obs, _ = envs.reset(seed=seeds)
-        except Exception as error:
-            near = difflib.get_close_matches(args.env_id, gym.registry, n=3)
-            hint = f" Near it: {', '.join(near)}." if near and isinstance(error, gym.error.UnregisteredEnv) else ""
-            hint = " The script for Atari games is ppo_atari.py." if args.env_id.startswith("ALE/") else hint
-            reason = " ".join(str(error).partition(" Did you mean")[0].split())
-            fail(f"cannot make the environment {args.env_id}: {reason}{hint}")
-    obs_space, space = envs.single_observation_space, envs.single_action_space
-    if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
-        fail(f"{args.env_id} has observations {obs_space}; this script takes vectors, a Box of one dimension")
-    if isinstance(space, gym.spaces.Box):
-        fail(f"{args.env_id} has continuous actions; the script for it is ppo_continuous.py")
-    if not isinstance(space, gym.spaces.Discrete) or space.start != 0:
-        fail(f"{args.env_id} has actions {space}; this script takes Discrete(n), counted from 0")
-    return envs, obs
-
-
-def to_tensor(obs: np.ndarray, args: Args) -> Tensor:
-    """Observations as the networks take them."""
-    return torch.from_numpy(obs).to(args.device, torch.float32)
-
-
-def frame(envs: gym.vector.VectorEnv, obs: np.ndarray) -> np.ndarray:
-    """A picture (H, W, 3) of the first environment."""
-    return envs.envs[0].render()
-
-
-def check_video(args: Args) -> None:
-    """Make one picture, so that a film that is not possible is said before the run and not after it."""
-    if sys.platform == "linux":  # pictures without a screen
-        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-        os.environ.setdefault("MUJOCO_GL", "egl")
-    try:
-        frame(*start_envs(args, [0], render=True))
-    except Exception as error:
-        fail(f"{args.env_id} cannot be filmed: {' '.join(repr(error).split())}")
-
-
-def write_atomically(path: Path, write) -> None:
-    """`write(file)` to a file aside, then move it over `path`: at any moment `path` is the old file or the new."""
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        with aside.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save wraps the error of a full disk in a RuntimeError
-        aside.unlink(missing_ok=True)
-        cause = error if isinstance(error, OSError) else error.__context__ or error
-        raise OSError(f"cannot write {path}: {cause}") from None
-
-
-def write_json(path: Path, content: dict) -> None:
-    write_atomically(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
-
-
-def describe_run(args: Args) -> dict:
-    """What args.json holds: every flag, and what the result may depend on besides."""
-    packages = ("torch", "gymnasium", "ale-py", "mujoco", "Box2D", "numpy")
-    installed = {d.name.lower(): d.version for d in importlib.metadata.distributions() if d.name}
-    script = Path(__file__).resolve()
-    git = ("git", "-C", script.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-        cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    except (OSError, StopIteration):
-        commit, cpu = "", platform.processor()
-    return {
-        "args": asdict(args),
-        "command": shlex.join(sys.argv),
-        "script": script.name,
-        "sha256": hashlib.sha256(script.read_bytes()).hexdigest(),
-        "commit": commit.removesuffix("-dirty") or None,
-        "clean": not commit.endswith("-dirty") if commit else None,
-        "versions": {"python": platform.python_version()} | {p: installed.get(p.lower()) for p in packages},
-        "cpu": cpu.partition(": ")[2] or cpu,
-        "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if args.device == "cuda" else None,
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-class Run:
-    """The run folder: what a run leaves on disk, and what it needs to go on from there."""
-
-    def __init__(self, args: Args):
-        self.path, self.args = Path(args.run_dir), args
-        self.checkpoint = read_checkpoint(self.path) if args.resume else {}
-        self.step = self.last_saved = self.checkpoint.get("step", 0)
-
-    def open(self) -> None:
-        """Write args.json, or cut the logs back to the checkpoint, and open them."""
-        args, logs = self.args, self.checkpoint.get("logs", {})
-        try:
-            if not args.resume:
-                self.path.mkdir(parents=True, exist_ok=True)
-                if any(self.path.iterdir()):
-                    fail(f"{self.path} is not empty; --resume goes on with a run, --run-dir takes another folder")
-                write_json(self.path / "args.json", describe_run(args))
-            for log in (*self.path.glob("events.out.tfevents.*"), *self.path.glob("episodes.csv")):
-                os.truncate(log, min(logs.get(log.name, 0), log.stat().st_size))  # later rows are written again
-            self.episodes = (self.path / "episodes.csv").open("a+", newline="")
-            self.writer = SummaryWriter(self.path, flush_secs=10)
-        except OSError as error:
-            fail(f"cannot write the run folder {self.path}: {error.strerror or error}")
-        if self.episodes.tell() == 0:
-            self.episodes.write("step,seconds,return,length\n")
-        self.episodes.seek(0)
-        rows = deque(csv.DictReader(self.episodes), maxlen=100)
-        self.recent = deque(((float(row["return"]), int(row["length"])) for row in rows), maxlen=100)
-        self.returns, self.lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, np.int64)
-        self.flushed = time.perf_counter()
-        self.started = self.flushed - self.checkpoint.get("seconds", 0)
-        print(f"run folder: {self.path}", flush=True)
-        self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit=" steps", unit_scale=True, disable=None)
-
-    def seconds(self) -> float:
-        """Seconds of training, over all resumes."""
-        return time.perf_counter() - self.started
-
-    def restore(self, **parts) -> int:
-        """Give every named part (module, optimiser, ...) its state from the checkpoint; returns the step.
-
-        Only then are the logs opened: a checkpoint that does not fit leaves the folder as it was.
-        """
-        try:
-            for name, part in parts.items() if self.checkpoint else ():
-                part.load_state_dict(self.checkpoint[name])
-        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-            fail(f"{self.path}/checkpoint.pt does not fit this script: {str(error).splitlines()[0]}")
-        self.open()
-        return self.step
-
-    def save_is_due(self) -> bool:
-        every = self.args.checkpoint_every
-        return self.step // every > self.last_saved // every and self.step < self.args.total_timesteps
-
-    def save(self, **parts) -> None:
-        """Write checkpoint.pt: the state of every named part, the step, and how long each log is by now.
-
-        The caller then starts the environments anew, as a resumed run has to; their running episodes are dropped.
-        """
-        modules = (part.state_dict() for part in parts.values() if isinstance(part, nn.Module))
-        self.check_finite(*(tensor for module in modules for tensor in module.values()))
-        self.episodes.flush()
-        os.fsync(self.episodes.fileno())
-        self.writer.flush()
-        logs = {log.name: log.stat().st_size for log in (*self.path.glob("events.*"), *self.path.glob("episodes.csv"))}
-        state = {name: part.state_dict() for name, part in parts.items()}
-        state |= {"step": self.step, "seconds": self.seconds(), "logs": logs}
-        write_atomically(self.path / "checkpoint.pt", lambda file: torch.save(state, file))
-        self.last_saved = self.step
-        if self.bar.disable:  # no terminal: a sign of life for who reads the log
-            trailing = f"{np.mean(self.recent, axis=0)[0]:.1f}" if self.recent else "none yet"
-            print(f"{self.step:,} steps in {self.seconds():.0f} s, training return {trailing}", flush=True)
-        self.returns[:] = self.lengths[:] = 0
-
-    def record(self, step: int, rewards: np.ndarray, dones: np.ndarray) -> None:
-        """Add a step of all environments, raw rewards (N,), to their episodes; those that ended become rows."""
-        self.returns += rewards
-        self.lengths += 1
-        if dones.any():
-            for i in np.flatnonzero(dones):
-                self.recent.append((float(self.returns[i]), int(self.lengths[i])))
-                self.episodes.write(f"{step},{self.seconds():.2f},{self.returns[i]},{self.lengths[i]}\n")
-            self.returns[dones] = self.lengths[dones] = 0
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Once per update: scalars for TensorBoard and the progress bar. A number that is not finite ends the run."""
-        self.check_finite(torch.tensor(list(metrics.values())))
-        if self.recent:
-            mean_return, mean_length = np.mean(self.recent, axis=0).tolist()
-            metrics |= {"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}
-            self.bar.set_postfix_str(f"return {mean_return:.1f}", refresh=False)
-        for name, value in (metrics | {"charts/SPS": step / self.seconds()}).items():
-            self.writer.add_scalar(name, value, step)
-        self.bar.total = max(step, self.bar.total)  # the last rollout may end after --total-timesteps
-        self.bar.update(step - self.step)
-        self.step = step
-        if time.perf_counter() - self.flushed > 1:
-            self.episodes.flush()
-            self.flushed = time.perf_counter()
-
-    def check_finite(self, *tensors: Tensor) -> None:
-        if not all(tensor.isfinite().all() for tensor in tensors):
-            self.bar.close()
-            hint = "its last checkpoint is kept; " if self.last_saved else ""
-            hint += "if all rewards and observations were finite, a smaller learning rate may help"
-            fail(f"{self.path} diverged after step {self.step}: loss or weights are not finite; {hint}", code=3)
-
-    def finish(self, agent: nn.Module) -> None:
-        """Save the agent, evaluate it, write result.json and say where to look."""
-        seconds, args, path = self.seconds(), self.args, shlex.quote(str(self.path))
-        self.bar.close()
-        self.check_finite(*agent.state_dict().values())
-        self.episodes.close()
-        self.writer.close()
-        tensors = {name: tensor.contiguous() for name, tensor in agent.state_dict().items()}
-        write_atomically(self.path / "agent.safetensors", lambda file: file.write(safetensors.torch.save(tensors)))
-        returns = evaluate(args, agent)
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-        final_return = float(np.mean(self.recent, axis=0)[0]) if self.recent else None
-        result = {
-            "final_return": final_return,
-            "eval_return_mean": float(returns.mean()),
-            "eval_return_std": float(returns.std()),
-            "eval_episodes": args.eval_episodes,
-            "steps": self.step,
-            "seconds": round(seconds, 2),
-            "sps": round(self.step / seconds, 1),
-            "peak_memory_mb": round(memory, 1),
-        }
-        write_json(self.path / "result.json", result)
-        trailing = f"{final_return:.1f}" if self.recent else "none"
-        print(
-            f"{args.env_id}, seed {args.seed}: {self.step:,} steps in {seconds:.1f} s, {result['sps']:,.0f} a second\n"
-            f"training return, mean of the last {len(self.recent)} episodes: {trailing}\n"
-            f"evaluation return, {args.eval_episodes} episodes, greedy: {returns.mean():.1f} ± {returns.std():.1f}\n"
-            f"curves: {UV}tensorboard --logdir {path}\n"
-            f"film:   {UV}python {shlex.quote(sys.argv[0])} --evaluate {path} --video"
-        )
-
-
-def read_checkpoint(path: Path) -> dict:
-    """checkpoint.pt, read as data that can run no code; empty if the run was stopped before its first one."""
-    if not (path / "checkpoint.pt").exists():
-        return {}
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            if zipfile.ZipFile(path / "checkpoint.pt").testzip():
-                raise ValueError("a checksum is wrong")
-            checkpoint = torch.load(path / "checkpoint.pt", map_location="cpu", weights_only=True)
-        if not (checkpoint["step"] > 0 and checkpoint["seconds"] >= 0 and checkpoint["logs"]["episodes.csv"] > 0):
-            raise ValueError("step, seconds or logs are out of range")
-        if (path / "episodes.csv").stat().st_size < checkpoint["logs"]["episodes.csv"]:
-            raise ValueError("episodes.csv has lost rows that were there when it was written")
-        return checkpoint
-    except Exception as error:
-        fail(f"{path}/checkpoint.pt is damaged or no checkpoint: {(str(error).splitlines() or [repr(error)])[0]}")
-
-
-@torch.inference_mode()
-def evaluate(args: Args, agent: nn.Module) -> np.ndarray:
-    """Raw undiscounted returns of `eval_episodes` greedy episodes; `--video` films the first.
-
-    Each episode has an environment of its own, so that short ones are not counted more often than long ones. An episode
-    that does not end is cut after 30,000 steps.
-    """
-    envs, obs = start_envs(args, reseed(args.seed, EVAL, num_envs=args.eval_episodes), render=args.video)
-    returns, running, film = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, bool), None
-    if args.video:
-        path = Path(args.run_dir) / "videos" / f"evaluation-{args.seed}.mp4"
-        path.parent.mkdir(exist_ok=True)
-        film = imageio.get_writer(path, fps=envs.metadata.get("render_fps", 30), macro_block_size=2)
-    for _ in range(30_000):
-        if film and running[0]:
-            film.append_data(frame(envs, obs))
-        obs, rewards, terminations, truncations, _ = envs.step(agent.act(to_tensor(obs, args)).cpu().numpy())
-        returns += rewards * running
-        running &= ~(terminations | truncations)
-        if not running.any():
-            break
-    envs.close()
-    if film:
-        film.close()
-        print(f"film of the first episode: {path}")
-    return returns
-
-
-def evaluate_saved(args: Args) -> None:
-    """Play the agent of a finished run: its folder alone is enough."""
-    path = Path(args.run_dir) / "agent.safetensors"
-    agent = Agent(start_envs(args, [0])[0], args).to(args.device)
-    try:
-        agent.load_state_dict(safetensors.torch.load_file(path, device=args.device))
-    except FileNotFoundError:
-        fail(f"{args.run_dir} is not finished; --resume {args.run_dir} goes on with it")
-    except Exception as error:
-        fail(f"{path} is damaged, or its agent is not for {args.env_id}: {' '.join(str(error).split())[:200]}")
-    returns = evaluate(args, agent)
-    print(f"{args.env_id}, {len(returns)} episodes, greedy: {returns.mean():.1f} ± {returns.std():.1f}")
-
-
-def read_args(folder: str) -> dict:
-    """The flags in a run folder's args.json."""
-    script = Path(__file__).name
-    try:
-        described = json.loads((Path(folder) / "args.json").read_text())
-        flags, maker, sha256 = dict(described["args"]), described["script"], described["sha256"]
-    except FileNotFoundError:
-        fail(f"{folder} is not a run folder: it has no args.json")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fail(f"{folder}/args.json is damaged: {error}")
-    if maker != script:
-        fail(f"{folder} was made by {maker}, which is the script to use with it")
-    if set(flags) != set(Args.__dataclass_fields__):
-        commit = f": that of commit {described['commit']!s:.7}" if described.get("commit") else ""
-        fail(f"{folder} was made by another version of {script}, with other flags{commit}")
-    if sha256 != hashlib.sha256(Path(__file__).read_bytes()).hexdigest():
-        print(f"warning: {script} has changed since {folder} was begun; the result may differ", file=sys.stderr)
-    return flags
-
-
-def parse_args() -> Args:
-    """Flags from the command line; with --resume or --evaluate, those of the run's args.json are the defaults."""
-    args = tyro.cli(Args, description=__doc__)
-    folder = args.resume or args.evaluate
-    if args.resume and args.evaluate:
-        fail("--resume and --evaluate exclude each other")
-    if folder:
-        saved = replace(Args(**read_args(folder)), run_dir=folder, resume=args.resume, evaluate=args.evaluate)
-        with warnings.catch_warnings(action="ignore"):  # of a flag of another type, which check_limits refuses
-            args = tyro.cli(Args, default=saved)
-        changed = [name for name, value in asdict(args).items() if value != getattr(saved, name)]
-        if args.evaluate:
-            changed = [name for name in changed if name not in EVALUATION]
-        if changed:
-            verb = "--resume goes on" if args.resume else "--evaluate plays the agent"
-            fail(f"{verb} under the flags of the run; leave out --{changed[0].replace('_', '-')}")
-        if args.resume and (Path(folder) / "result.json").exists():
-            fail(f"{folder} is finished; --evaluate {folder} plays it")
-    check_limits(args)
-    if args.device == "auto":
-        args.device = AUTO_DEVICE
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device is cuda, but PyTorch finds no usable GPU")
-    if args.compile and args.device == "cpu" and not shutil.which(os.environ.get("CXX", "c++")):
-        fail("--compile needs a C++ compiler on PATH")
-    args.torch_threads = args.torch_threads or os.cpu_count()
-    args.checkpoint_every = args.checkpoint_every or -(-args.total_timesteps // 10)
-    if args.run_dir is None:
-        name = f"{re.sub('[^A-Za-z0-9.-]+', '-', args.env_id)}__{Path(__file__).stem}__{args.seed}"
-        args.run_dir = f"runs/{name}__{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"[:-3] + "Z"
-    return args
-
-
-# ------------------------------------------------------------------------------------------------------- training
+        td_target = returns + discounts * torch.where(terminations, 0, next_values)
+    q_values = agent(obs).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+    td_errors = td_target - q_values
+    loss = (weights * td_errors.square()).mean()
+    return loss, td_errors.detach(), {"losses/td_loss": loss.detach(), "losses/q_values": q_values.detach().mean()}
 
 
 def train(args: Args) -> None:
-    """PER, algorithm 1: act, remember, and every `train_frequency` steps learn from what was predicted badly."""
-    N = args.num_envs
-    envs, obs = start_envs(args, reseed(args.seed, TRAIN, 0, num_envs=N))
-    num_actions = int(envs.single_action_space.n)
-    agent = Agent(envs, args).to(args.device)
+    """PER, algorithm 1, with N environments in parallel."""
+    prepare(args)
+    N, device = args.num_envs, args.device
+    envs, obs = start_envs(args, "train", 0, N)
+    agent = Agent(envs, args).to(device)
     target = deepcopy(agent).requires_grad_(False)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
-    replay = Replay(args.buffer_size, envs)
-    priorities = Priorities(replay, args)
-    parts = {"agent": agent, "target": target, "optimizer": optimizer, "replay": replay, "priorities": priorities}
-    run = Run(args)
-    global_step = run.restore(**parts)
-    restart = global_step > 0
-    gradient_fn = double_dqn_gradient
-    if args.compile:
-        torch._dynamo.config.trace_autograd_ops = True  # loss and backward pass in one graph
-        mode = "reduce-overhead" if args.device == "cuda" else "default"
-        gradient_fn = torch.compile(double_dqn_gradient, mode=mode, fullgraph=True)
-    history = []
+    replay = ReplayBuffer(args, envs)
+    loss_fn = torch.compile(double_dqn_loss) if args.compile else double_dqn_loss
+    run = Run(args, agent=agent, target=target, optimizer=optimizer, replay=replay)  # with --resume, restores all
+    global_step, history = run.start_step, []
 
     while global_step < args.total_timesteps:
-        if restart:  # after a checkpoint, in a run that goes on and in one that is resumed alike: so both are the same
-            envs.close()
-            envs, obs = start_envs(args, reseed(args.seed, TRAIN, global_step, num_envs=N))
-            priorities.mark(replay.cut())
-        last_step, global_step = global_step, global_step + N
+        if run.checkpoint(global_step):  # every `checkpoint_every` steps, and after a resume
+            envs, obs = start_envs(args, "train", global_step, N, old_envs=envs)
+            replay.end_episodes()
 
-        # Act: at random with probability epsilon, else greedily.
-        epsilon = linear_schedule(args.start_e, args.end_e, args.exploration_fraction * args.total_timesteps, last_step)
-        actions, is_greedy = np.random.randint(num_actions, size=N), np.random.random(N) >= epsilon
-        if is_greedy.any() and last_step >= args.learning_starts:
-            with torch.no_grad():
-                actions = np.where(is_greedy, agent.act(to_tensor(obs, args)).cpu().numpy(), actions)
+        progress = global_step / args.total_timesteps
+        epsilon = linear_schedule(args.start_e, args.end_e, args.exploration_fraction, progress)
+        if args.anneal_lr:
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - progress)
+
+        # Act: epsilon-greedy
+        greedy_actions = agent.act(torch.from_numpy(obs).to(device)).cpu().numpy()
+        random_actions = np.random.randint(envs.single_action_space.n, size=N)
+        explore = np.random.random(N) < (epsilon if global_step >= args.learning_starts else 1)
+        actions = np.where(explore, random_actions, greedy_actions)
         next_obs, rewards, terminations, truncations, infos = envs.step(actions)
         dones = terminations | truncations
+        replay.add(obs, actions, rewards, real_next_obs(next_obs, infos), terminations, dones)
+        obs = next_obs
+        global_step += N
         run.record(global_step, rewards, dones)
 
-        # Remember. Where an episode ended, next_obs is the first of the next one.
-        reached = next_obs
-        if dones.any():
-            reached = next_obs.copy()
-            reached[dones] = np.stack(infos["final_obs"][dones])
-        priorities.mark(replay.add(obs, actions, rewards, reached, terminations, dones))
-        obs = next_obs
-
-        # Learn. A vector step may pass several multiples of the two frequencies, or none.
-        learning_rate = args.learning_rate * (1 - last_step / args.total_timesteps if args.anneal_lr else 1)
-        if global_step > args.learning_starts:
-            optimizer.param_groups[0]["lr"] = learning_rate
-            rounds = global_step // args.train_frequency - last_step // args.train_frequency
-            beta = linear_schedule(args.per_beta, 1.0, args.total_timesteps, last_step)
-            for _ in range(rounds * args.gradient_steps):
-                rows, weights = priorities.sample(args.batch_size, beta)
-                batch = n_step_batch(replay, rows, args.n_step, args.gamma, args.device)
-                metrics, errors = gradient_fn(agent, target, *batch, torch.from_numpy(weights).to(args.device))
+        # Learn. `global_step % frequency < N` is true once every `frequency` steps, although global_step advances by N
+        if global_step > args.learning_starts and global_step % args.train_frequency < N:
+            for _ in range(args.gradient_steps):
+                rows, weights = replay.sample(args.batch_size, beta=args.per_beta + progress * (1 - args.per_beta))
+                batch = (torch.from_numpy(x).to(device) for x in (*replay.windows(rows), weights))
+                loss, td_errors, metrics = loss_fn(agent, target, *batch)
+                optimizer.zero_grad()
+                loss.backward()
                 optimizer.step()
-                priorities.update(rows, errors.cpu().numpy())
-                history.append(metrics.clone())  # a CUDA graph writes its next output into the same memory
-        for _ in range(global_step // args.target_network_frequency - last_step // args.target_network_frequency):
-            update_target(target, agent, args.tau)
+                replay.update(rows, td_errors.cpu().numpy())
+                history.append(metrics)
+        if global_step % args.target_network_frequency < N:
+            with torch.no_grad():
+                for target_parameter, parameter in zip(target.parameters(), agent.parameters(), strict=True):
+                    target_parameter.lerp_(parameter, args.tau)
 
-        if global_step // LOG_EVERY > last_step // LOG_EVERY or global_step >= args.total_timesteps:
-            means = torch.stack(history).mean(0).tolist() if history else []
-            history.clear()
-            charts = {"charts/learning_rate": learning_rate, "charts/epsilon": epsilon}
-            run.log(global_step, dict(zip(METRICS, means, strict=False)) | charts)
-        restart = run.save_is_due()  # only after a point of the curves, when `history` is empty
-        if restart:
-            run.save(**parts)
-    envs.close()
-    run.finish(agent)
+        if global_step % 1_000 < N or global_step >= args.total_timesteps:  # log every 1,000 steps
+            charts = {"charts/epsilon": epsilon, "charts/learning_rate": optimizer.param_groups[0]["lr"]}
+            run.log(global_step, history, charts)
+            history = []
+    run.finish(global_step, envs)
+
+
+# ------------------- The run: identical in every script; skip it if you are here for the algorithm --------------------
+
+
+def fail(message: str, code: int = 2) -> NoReturn:  # exit codes: 2 is bad input, 3 NaN or inf, 130 an interrupt
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def prepare(args: Args) -> None:  # resolve what depends on time and machine, before an environment can call os.chdir
+    name = re.sub("[^A-Za-z0-9.-]+", "-", args.env_id) + f"__{Path(__file__).stem}__{args.seed}"
+    args.run_dir = os.path.abspath(args.run_dir or time.strftime(f"runs/{name}__%Y%m%dT%H%M%SZ", time.gmtime()))
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: PyTorch finds no GPU")
+    torch.set_num_threads(args.torch_threads or torch.get_num_threads())
+
+
+def start_envs(args: Args, stream: str, step: int, num_envs: int, old_envs=None, render: bool = False):
+    """Replace `old_envs`. All random numbers restart from (seed, step), so that checkpoints need not hold any state."""
+    try:
+        old_envs and old_envs.close()
+    except Exception as error:  # not worth losing a run
+        print(f"warning: an environment failed to close: {error!r}", file=sys.stderr)
+    envs = make_envs(args, num_envs, render)
+    seed = int(np.random.SeedSequence([args.seed, step, *stream.encode()]).generate_state(1)[0]) >> 1
+    for seed_library in (random.seed, np.random.seed, torch.manual_seed):
+        seed_library(seed)
+    torch.set_default_dtype(torch.float32)  # a package with environments may have changed it
+    for i, env in enumerate(envs.envs):
+        for space in (env.action_space, env.unwrapped.action_space, env.unwrapped.observation_space):
+            space.seed(seed + i)
+    return envs, envs.reset(seed=seed)[0]
+
+
+def write_atomically(path: Path, write) -> None:  # a crash leaves the old file or the new one
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    temporary.replace(path)
+
+
+class Run:
+    """The run folder: args.json, a copy of the script, episodes.csv, TensorBoard events, checkpoint.pt, results."""
+
+    def __init__(self, args: Args, **parts) -> None:  # parts: all that a resume restores, each with a state_dict
+        self.args, self.parts, self.path, script = args, parts, Path(args.run_dir), Path(__file__)
+        if not args.resume and self.path.exists() and set(os.listdir(self.path)) - {".lock", script.name}:
+            fail(f"{self.path} exists: continue it with --resume, or choose another --run-dir")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = FileLock(self.path / ".lock").acquire(blocking=False)
+        except OSError as error:  # also filelock.Timeout
+            fail(f"cannot use {self.path}, or another process does: {error}")
+        state = {"step": 0, "seconds": 0.0, "recent": [], "csv_size": 0}
+        if not args.resume:
+            git = ["git", "-C", script.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+            versions = {package.name: package.version for package in importlib.metadata.distributions()}
+            about = {"args": asdict(args), "command": sys.argv, "commit": commit, "versions": versions}
+            about |= {"cpu": torch.cpu.get_capabilities().get("cpu_name"), "threads": torch.get_num_threads()}
+            about |= {"gpu": torch.cuda.get_device_name() if args.device == "cuda" else None, "started": time.ctime()}
+            shutil.copy(script, self.path)
+            write_atomically(self.path / "args.json", lambda path: path.write_text(json.dumps(about, indent=2)))
+        elif (self.path / "checkpoint.pt").exists():
+            state = torch.load(self.path / "checkpoint.pt", map_location="cpu", weights_only=True)
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+        self.start_step, self.next_checkpoint = state["step"], state["step"] or args.checkpoint_every
+        self.started = time.perf_counter() - state["seconds"]
+        self.recent = deque(state["recent"], maxlen=100)  # (return, length) of the last 100 episodes
+        self.returns, self.lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, int)
+        self.episodes = (self.path / "episodes.csv").open("a", buffering=1)
+        self.episodes.truncate(state["csv_size"])
+        if not state["csv_size"]:
+            self.episodes.write("step,seconds,return,length\n")
+        self.writer = SummaryWriter(self.path, purge_step=self.start_step + 1)  # hides what a killed run logged later
+        interval = 0.5 if sys.stderr.isatty() else 60  # seconds
+        self.bar = tqdm(total=args.total_timesteps, initial=self.start_step, unit_scale=True, mininterval=interval)
+
+    def checkpoint(self, step: int, last: bool = False) -> bool:
+        """Save every `checkpoint_every` steps. True then and after a resume: the environments have to restart."""
+        if step < self.next_checkpoint and not last:
+            return False
+        self.next_checkpoint = (step // self.args.checkpoint_every + 1) * self.args.checkpoint_every
+        self.returns[:] = self.lengths[:] = 0
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"step": step, "seconds": time.perf_counter() - self.started}
+        state |= {"recent": list(self.recent), "csv_size": os.path.getsize(self.episodes.name)}
+        write_atomically(self.path / "checkpoint.pt", lambda path: torch.save(state, path))
+        if not self.recent and step < 2 * self.args.checkpoint_every:
+            self.bar.write("warning: no episode has ended yet; a larger --checkpoint-every may help", sys.stderr)
+        return True
+
+    def record(self, step: int, rewards: np.ndarray, dones: np.ndarray) -> None:
+        """Count one step of every environment; each episode that ended becomes a row of episodes.csv."""
+        self.returns += rewards
+        self.lengths += 1
+        for i in np.flatnonzero(dones):
+            row = step, round(time.perf_counter() - self.started, 2), float(self.returns[i]), int(self.lengths[i])
+            self.episodes.write(",".join(map(str, row)) + "\n")
+            self.recent.append(row[2:])
+            self.returns[i] = self.lengths[i] = 0
+
+    def log(self, step: int, history: list[dict[str, Tensor]], charts: dict[str, Tensor | float]) -> None:
+        """Write the means of `history` and `charts` to TensorBoard; stop the run if anything is NaN or inf."""
+        metrics = {name: torch.stack([x[name] for x in history]).mean() for name in (history or [{}])[0]} | charts
+        metrics["charts/SPS"] = step / (time.perf_counter() - self.started)
+        metrics["charts/weight_norm"] = nn.utils.get_total_norm(self.parts["agent"].parameters()).item()
+        if self.recent:
+            metrics["charts/episodic_return"], metrics["charts/episodic_length"] = np.mean(self.recent, axis=0)
+            self.bar.set_postfix_str(f"return {metrics['charts/episodic_return']:.1f}", refresh=False)
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, float(value), step)
+        self.bar.update(min(step, self.bar.total) - self.bar.n)  # the last rollout may go beyond total_timesteps
+        if bad := [name for name, value in metrics.items() if not math.isfinite(value)]:
+            self.writer.close()
+            fail(f"{self.path} diverged before step {step}: NaN or inf in {', '.join(bad[:3])}", code=3)
+
+    def finish(self, step: int, envs: gym.vector.VectorEnv) -> None:  # result.json marks a finished run
+        agent, seconds = self.parts["agent"], time.perf_counter() - self.started
+        self.checkpoint(step, last=True)  # a kill from here on costs no training
+        self.bar.close()
+        self.writer.close()
+        write_atomically(self.path / "agent.safetensors", lambda path: safetensors.torch.save_model(agent, path))
+        final_return = np.mean(self.recent, axis=0)[0] if self.recent else None
+        result = dict(final_return=final_return, **evaluate(self.args, agent, envs), steps=step, seconds=seconds)
+        peak = importlib.import_module("resource").getrusage(0).ru_maxrss if os.name == "posix" else 0
+        result |= {"sps": step / seconds, "peak_memory_mb": peak / (2**20 if sys.platform == "darwin" else 2**10)}
+        write_atomically(self.path / "result.json", lambda path: path.write_text(json.dumps(result, indent=2)))
+        (self.path / "checkpoint.pt").unlink()
+        print(f"curves: tensorboard --logdir {self.path}; video: {sys.argv[0]} --evaluate {self.path} --video")
+
+
+@torch.inference_mode()
+def evaluate(args: Args, agent: nn.Module, envs: gym.vector.VectorEnv, video=None) -> dict:
+    """Greedy episodes, one per environment, so that short ones do not count more; at most `num_envs` at a time."""
+    returns, running = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, bool)
+    for first in range(0, len(returns), args.num_envs):
+        rows = slice(first, min(first + args.num_envs, len(returns)))
+        envs, obs = start_envs(args, "eval", first, rows.stop - first, envs, render=video is not None)
+        for _ in tqdm(range(30_000), desc="evaluation", leave=False, delay=1, mininterval=1):
+            if video:
+                video.append_data(envs.envs[0].render())
+            actions = agent.act(torch.from_numpy(obs).to(args.device)).cpu().numpy()
+            obs, rewards, terminations, truncations, _ = envs.step(actions)
+            returns[rows] += np.where(running[rows], rewards, 0)
+            running[rows] &= ~(terminations | truncations)
+            if not running[rows].any():
+                break
+    result = {"eval_return_mean": returns.mean(), "eval_return_std": returns.std(), "eval_episodes": len(returns)}
+    note = f" ({running.sum()} truncated after 30,000 steps)" if running.any() else ""
+    print(f"{args.run_dir}: return {returns.mean():.1f} +- {returns.std():.1f} in {len(returns)} greedy episodes{note}")
+    return result | {"eval_truncated": int(running.sum())}
+
+
+def record_video(args: Args, agent: nn.Module, envs: gym.vector.VectorEnv) -> None:
+    path, fps = Path(args.run_dir, "videos", f"seed{args.seed}.mp4"), float(envs.metadata.get("render_fps") or 30)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with importlib.import_module("imageio").get_writer(path, fps=fps, macro_block_size=2) as video:
+            evaluate(replace(args, eval_episodes=1), agent, envs, video)
+    except (Exception, SystemExit) as error:  # the result is saved
+        print(f"warning: no video: {error!r}", file=sys.stderr)
 
 
 def main() -> None:
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
-    args = parse_args()
-    torch.set_num_threads(args.torch_threads)
+    sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))  # None if closed
+    sys.stdout.reconfigure(errors="replace")  # not every terminal can print every path
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` ends a run as Ctrl-C does
+    words = [re.sub(r"(?<![^=])\d+(\.\d)?e[3-9]$", lambda m: f"{float(m[0]):.0f}", x) for x in sys.argv[1:]]  # 1e6
+    args = tyro.cli(Args, args=words, description=__doc__.split("\n")[0])
+    if folder := args.resume or args.evaluate:  # the flags of that run become the defaults
+        needed = {Path(__file__).name, "args.json", "agent.safetensors" if args.evaluate else "episodes.csv"}
+        found = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        if needed - found or args.resume and (args.evaluate or "result.json" in found):
+            fail(f"{folder} is not the folder of {'an unfinished' if args.resume else 'a finished'} run of this script")
+        saved = json.loads(Path(folder, "args.json").read_text())["args"] | {"run_dir": folder, "resume": args.resume}
+        defaults = Args(**{name: saved[name] for name in Args.__dataclass_fields__ if name in saved})
+        args = tyro.cli(Args, args=words, default=defaults)
+        if args.resume and args != defaults:
+            fail("--resume continues a run with its own flags: remove the others")
     try:
-        if args.video:
-            check_video(args)
-        if args.evaluate:
-            evaluate_saved(args)
-        else:
+        if not args.evaluate:
             train(args)
+        if args.evaluate or args.video:
+            prepare(args)
+            envs, _ = start_envs(args, "eval", 0, 1)
+            agent = Agent(envs, args).to(args.device)
+            safetensors.torch.load_model(agent, Path(args.run_dir, "agent.safetensors"))
+            args.evaluate and evaluate(args, agent, envs)
+            args.video and record_video(args, agent, envs)
     except KeyboardInterrupt:
-        folder = Path(args.run_dir)
-        is_unfinished = (folder / "args.json").exists() and not (folder / "result.json").exists()
-        hint = f"; to go on: {UV}python {shlex.quote(sys.argv[0])} --resume {shlex.quote(args.run_dir)}"
-        print(f"\nstopped{hint if is_unfinished else ''}", file=sys.stderr)
-        raise SystemExit(130) from None
-    except OSError as error:
-        hint = f"; what was saved before is intact. To go on: --resume {shlex.quote(args.run_dir)}"
-        fail(f"{error}{'' if args.evaluate else hint}")
+        fail("interrupted" if args.evaluate else f"interrupted: continue with --resume {args.run_dir}", code=130)
+    except Exception as error:
+        if isinstance(error, MemoryError) or re.search("No space|argument.+creator|size mismatch", str(error)):
+            fail(" ".join(str(error).split()))
+        error.add_note("If the error is in your environment, gymnasium.utils.env_checker.check_env may explain it.")
+        raise
 
 
 if __name__ == "__main__":

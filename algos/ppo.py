@@ -159,7 +159,7 @@ def make_envs(args: Args, num_envs: int, render: bool = False) -> gym.vector.Vec
         env = gym.make(args.env_id, **args.env_kwargs, **({"render_mode": "rgb_array"} if render else {}))
         # Your wrappers go here, without memory: they start anew at checkpoints (for statistics, see ppo_continuous.py)
         if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
-            fail(f"{args.env_id} has observations {env.observation_space}: ppo.py needs a Box of shape (n,)")
+            fail(f"{args.env_id} has observations {env.observation_space}, not a Box of shape (n,)")
         if not isinstance(env.action_space, gym.spaces.Discrete):
             fail(f"{args.env_id} has actions {env.action_space}, not Discrete: see ppo_continuous.py")
         return Adapter(env)
@@ -243,10 +243,10 @@ def train(args: Args) -> None:
         for t in range(T):
             obs[t] = current_obs
             actions[t] = agent.sample(torch.from_numpy(obs[t]).to(device)).cpu().numpy()
-            current_obs, rewards[t], terminations[t], truncated, infos = envs.step(actions[t])
-            next_obs[t], dones[t] = real_next_obs(current_obs, infos), terminations[t] | truncated
+            current_obs, reward, terminations[t], truncated, infos = envs.step(actions[t])
+            next_obs[t], rewards[t], dones[t] = real_next_obs(current_obs, infos), reward, terminations[t] | truncated
             global_step += N
-            run.record(global_step, rewards[t], dones[t])
+            run.record(global_step, reward, dones[t])
 
         # Compute log-probabilities, values, and advantages of the whole rollout at once
         b_obs, b_next_obs, b_actions, b_rewards, b_terminations, b_dones = (
@@ -304,6 +304,7 @@ def start_envs(args: Args, stream: str, step: int, num_envs: int, old_envs=None,
     seed = int(np.random.SeedSequence([args.seed, step, *stream.encode()]).generate_state(1)[0]) >> 1
     for seed_library in (random.seed, np.random.seed, torch.manual_seed):
         seed_library(seed)
+    torch.set_default_dtype(torch.float32)  # a package with environments may have changed it
     for i, env in enumerate(envs.envs):
         for space in (env.action_space, env.unwrapped.action_space, env.unwrapped.observation_space):
             space.seed(seed + i)
@@ -319,8 +320,7 @@ def write_atomically(path: Path, write) -> None:  # a crash leaves the old file 
 class Run:
     """The run folder: args.json, a copy of the script, episodes.csv, TensorBoard events, checkpoint.pt, results."""
 
-    def __init__(self, args: Args, **parts) -> None:
-        """Create the folder or, with --resume, load `parts` (anything with a state_dict) from its checkpoint."""
+    def __init__(self, args: Args, **parts) -> None:  # parts: all that a resume restores, each with a state_dict
         self.args, self.parts, self.path, script = args, parts, Path(args.run_dir), Path(__file__)
         if not args.resume and self.path.exists() and set(os.listdir(self.path)) - {".lock", script.name}:
             fail(f"{self.path} exists: continue it with --resume, or choose another --run-dir")
@@ -365,7 +365,7 @@ class Run:
         state |= {"step": step, "seconds": time.perf_counter() - self.started}
         state |= {"recent": list(self.recent), "csv_size": os.path.getsize(self.episodes.name)}
         write_atomically(self.path / "checkpoint.pt", lambda path: torch.save(state, path))
-        if not self.recent:
+        if not self.recent and step < 2 * self.args.checkpoint_every:
             self.bar.write("warning: no episode has ended yet; a larger --checkpoint-every may help", sys.stderr)
         return True
 
@@ -383,7 +383,7 @@ class Run:
         """Write the means of `history` and `charts` to TensorBoard; stop the run if anything is NaN or inf."""
         metrics = {name: torch.stack([x[name] for x in history]).mean() for name in (history or [{}])[0]} | charts
         metrics["charts/SPS"] = step / (time.perf_counter() - self.started)
-        metrics["charts/weight_norm"] = nn.utils.parameters_to_vector(self.parts["agent"].parameters()).norm().item()
+        metrics["charts/weight_norm"] = nn.utils.get_total_norm(self.parts["agent"].parameters()).item()
         if self.recent:
             metrics["charts/episodic_return"], metrics["charts/episodic_length"] = np.mean(self.recent, axis=0)
             self.bar.set_postfix_str(f"return {metrics['charts/episodic_return']:.1f}", refresh=False)
@@ -394,8 +394,7 @@ class Run:
             self.writer.close()
             fail(f"{self.path} diverged before step {step}: NaN or inf in {', '.join(bad[:3])}", code=3)
 
-    def finish(self, step: int, envs: gym.vector.VectorEnv) -> None:
-        """Save the agent, evaluate it, and write result.json: a run with this file is finished."""
+    def finish(self, step: int, envs: gym.vector.VectorEnv) -> None:  # result.json marks a finished run
         agent, seconds = self.parts["agent"], time.perf_counter() - self.started
         self.checkpoint(step, last=True)  # a kill from here on costs no training
         self.bar.close()
@@ -407,6 +406,7 @@ class Run:
         result |= {"sps": step / seconds, "peak_memory_mb": peak / (2**20 if sys.platform == "darwin" else 2**10)}
         write_atomically(self.path / "result.json", lambda path: path.write_text(json.dumps(result, indent=2)))
         (self.path / "checkpoint.pt").unlink()
+        print(f"curves: tensorboard --logdir {self.path}; video: {sys.argv[0]} --evaluate {self.path} --video")
 
 
 @torch.inference_mode()
@@ -416,7 +416,7 @@ def evaluate(args: Args, agent: nn.Module, envs: gym.vector.VectorEnv, video=Non
     for first in range(0, len(returns), args.num_envs):
         rows = slice(first, min(first + args.num_envs, len(returns)))
         envs, obs = start_envs(args, "eval", first, rows.stop - first, envs, render=video is not None)
-        for _ in tqdm(range(30_000), desc="evaluation", leave=False, delay=1):
+        for _ in tqdm(range(30_000), desc="evaluation", leave=False, delay=1, mininterval=1):
             if video:
                 video.append_data(envs.envs[0].render())
             actions = agent.act(torch.from_numpy(obs).to(args.device)).cpu().numpy()
@@ -462,7 +462,7 @@ def main() -> None:
             train(args)
         if args.evaluate or args.video:
             prepare(args)
-            envs = make_envs(args, 1)
+            envs, _ = start_envs(args, "eval", 0, 1)
             agent = Agent(envs, args).to(args.device)
             safetensors.torch.load_model(agent, Path(args.run_dir, "agent.safetensors"))
             args.evaluate and evaluate(args, agent, envs)

@@ -1,224 +1,146 @@
-"""Proximal policy optimisation (PPO) for Atari games.
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#     "ale-py==0.12.1", "filelock==4.3.1", "gymnasium==1.4.0", "imageio[ffmpeg]==2.38.1", "numpy==2.4.6",
+#     "safetensors==0.8.0", "tensorboard==2.21.0", "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.17",
+# ]
+# ///
+"""Proximal Policy Optimization (PPO) for Atari games.
 
-    python algos/ppo_atari.py --env-id ALE/Pong-v5                  # ten million steps
-    python algos/ppo_atari.py --env-id ALE/Pong-v5 --total-timesteps 4000000
-    python algos/ppo_atari.py --resume runs/ALE-Pong-v5__ppo_atari__1__...
-    python algos/ppo_atari.py --evaluate runs/ALE-Pong-v5__ppo_atari__1__... --video
+    uv run ppo_atari.py --env-id ALE/Pong-v5              # or: python ppo_atari.py
+    uv run ppo_atari.py --clip-coef 0.2 --num-envs 16 --num-minibatches 8 --no-clip-vloss       # learns Pong faster
+    uv run ppo_atari.py --resume runs/ALE-Pong-v5__ppo_atari__1__...
+    uv run ppo_atari.py --evaluate runs/ALE-Pong-v5__ppo_atari__1__... --video
 
-Papers: Schulman et al. 2017, arXiv:1707.06347 ("PPO" below, whose Atari settings in table 5 are the defaults here, 3
-epochs included, but that the clipping range stays as it is and the value loss weighs a quarter); Schulman et al. 2016,
-arXiv:1506.02438 ("GAE"); the network is the one of Mnih et al. 2015, Nature 518, from which also comes that a lost
-life ends an episode; sticky actions are from Machado et al. 2018, arXiv:1709.06009.
+Papers: Schulman et al. 2017 (PPO, arXiv:1707.06347) and 2016 (GAE, arXiv:1506.02438); Mnih et al. 2015, Nature 518 (the
+network); Machado et al. 2018 (sticky actions, arXiv:1709.06009); Huang et al. 2022 (37 details).
 
-Protocol: `ALE/*-v5`, sticky actions with probability 0.25, the game's minimal action set, frame skip 4, 84 x 84
-grayscale (the larger of the last two frames), 4 frames stacked; FIRE and fewer than 30 no-ops at the start, at most
-108 000 frames a game. What is reported is the raw score of whole games; only the learner sees the sign of the rewards,
-and an end of the episode where a life is lost, while the game goes on. Machado et al. recommend against that end
-(`--no-life-loss`), since it tells the learner something about the game; on Breakout the last 100 games of 300 000 steps
-had 9.6, 9.3 and 8.7 with it (seeds 101 to 103), 4.9 and 7.3 without (101 and 102).
+Details that matter, besides those of ppo.py:
+- Protocol: ALE/*-v5, sticky actions (0.25), minimal actions, frame skip 4, maximum of two frames, 84 x 84 grayscale, 4
+  frames stacked, FIRE and fewer than 30 no-ops at the start, at most 108,000 frames. Scores are raw, of whole games.
+- The learner sees the sign of the rewards and, with `--life-loss`, an end of the episode where a life is lost.
+- Policy and value share the convolutions, so values are computed while acting, not once per rollout.
+- Not in the papers: the running mean of each pixel is subtracted (`--norm-obs`). On Pong the background hides the ball.
+- bfloat16 in the convolutions where the processor has it (`--bf16`). Weights, heads, and losses stay in float32.
 
-What to notice, coming from `ppo.py`: policy and value share their features, so values come with the actions instead of
-once per rollout; frames are turned into numbers once, when they arrive, with the channels last, and the layers that
-they share run in bfloat16 by default (`--no-bf16`), while weights, heads and losses stay in float32. No
-difference in score was found: on Breakout, as above, the average of three seeds is 9.2, and 8.8 in float32 (6.8, 8.6,
-11.0).
-
-What is not in the papers, beside the details that `ppo.py` names: from each pixel its running mean is taken, and all
-are divided by the one standard deviation that is left (`--no-norm-obs` for pixels from 0 to 1). A ball is four pixels
-on a background that says nothing, and as the pixels come, the background is most of what the network sees. On Pong
-under these flags the mean return without it was -9.5 after 900 000 steps and no better after 1.8 million (one run);
-with it, three runs of three were above -5 by 400 000. The best setting without it (four epochs, clip-coef 0.2, 5e-4)
-reached 0 after 800 000 steps on one seed of two.
-
-Best on Pong were the flags of the example in CleanRL's README, which a search on Pong without sticky actions found,
-and no value clipping:
-
-    python algos/ppo_atari.py --clip-coef 0.2 --num-envs 16 --num-minibatches 8 --no-clip-vloss
-
-On Breakout, as above, they are no better than the defaults: 9.1, the average of three seeds. What is learned on Pong is
-above all one shot that the opponent misses: in 32 games of an agent trained for 4 million steps 640 of 790 points were
-won within 82 steps, 550 of them after the 70th. Of the 120 points that went on 88 were lost, since there its paddle
-hardly follows the ball; without sticky actions, where the shot succeeds, it had 20.8.
-
-What it does not do: memory, other image environments than ALE. Scores: docs/BENCHMARKS.md.
-
-The file is long because it repeats all that a script needs to stand alone: from "the run" to "training" the text is
-the same in every file, but for `start_envs`, `to_tensor` and `frame`, and who reads for the algorithm can skip it.
+Not included: other image environments, recurrence.
 """
 
-import csv
-import difflib
-import hashlib
 import importlib.metadata
 import json
 import math
 import os
-import platform
 import random
 import re
-import resource
-import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import warnings
-import zipfile
 from collections import deque
-from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import ale_py  # noqa: F401 (registers the games)
 import gymnasium as gym
-import imageio
 import numpy as np
 import safetensors.torch
 import torch
 import tyro
-from gymnasium.vector import AutoresetMode
+from filelock import FileLock
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-AUTO_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # what --device auto means here
-TRAIN, EVAL = 0, 1  # purposes of random streams
-EVALUATION = "env_id", "seed", "eval_episodes", "video", "device", "torch_threads"  # flags that --evaluate may change
-UV = "uv run " if "UV" in os.environ else ""  # how a printed command has to begin
+
+def has_bf16() -> bool:
+    """Whether matrix products in bfloat16 are faster than in float32; where they are emulated, they are far slower."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 @dataclass
 class Args:
-    # The run
-    env_id: str = "ALE/Pong-v5"
-    """Gymnasium id of the environment; `package:Name-v0` imports the package first"""
-    seed: int = 1
-    """decides every random number of the run"""
-    total_timesteps: int = 10_000_000
-    """environment steps, summed over the parallel environments"""
-    run_dir: str | None = None
-    """folder of the run; by default runs/{env}__{algo}__{seed}__{UTC time}"""
-    resume: str | None = None
-    """go on with the run in this folder, under its own flags"""
-    evaluate: str | None = None
-    """evaluate the agent in this run folder instead of training"""
-    eval_episodes: int = 20
-    """episodes of the evaluation, one environment each"""
-    video: bool = False
-    """film the first episode of the evaluation into videos/"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: the GPU for networks that see images, if there is one; the CPU for small networks"""
-    torch_threads: int = 0
-    """CPU threads of PyTorch; 0 for one per core. Part of the result: sums are rounded in another order"""
-    compile: bool = False
-    """compile the loss with torch.compile (on a GPU into CUDA graphs)"""
-    checkpoint_every: int = 0
-    """steps between checkpoints; 0 for a tenth of the run. Each cuts the running episodes, which then do not count"""
-
-    # The environment
-    life_loss: bool = True
-    """a lost life ends the episode for the learner (the game goes on)"""
+    env_id: str = "ALE/Pong-v5"  # Gymnasium id; `package:Name-v0` imports the package first
+    seed: int = 1  # random seed
+    total_timesteps: int = 10_000_000  # environment steps, summed over all environments
+    env_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)  # for gym.make: name value name value
 
     # The algorithm
-    num_envs: int = 8
-    """parallel environments (N)"""
-    num_steps: int = 128
-    """steps of each environment per rollout (T)"""
-    learning_rate: float = 2.5e-4
-    """learning rate of Adam at the start"""
-    anneal_lr: bool = True
-    """let the learning rate fall linearly towards 0"""
-    gamma: float = 0.99
-    """discount factor"""
-    gae_lambda: float = 0.95
-    """lambda of the generalised advantage estimation"""
-    num_minibatches: int = 4
-    """minibatches per epoch"""
-    update_epochs: int = 3
-    """epochs over each rollout (K)"""
-    norm_adv: bool = True
-    """normalise the advantages of each minibatch"""
-    clip_coef: float = 0.1
-    """clipping range of the probability ratio (epsilon)"""
-    clip_vloss: bool = True
-    """clip the value loss around the rollout's values, with the same range"""
-    ent_coef: float = 0.01
-    """weight of the entropy bonus (c2)"""
-    vf_coef: float = 0.5
-    """weight of the value loss, which is half a squared error (2 c1)"""
-    max_grad_norm: float = 0.5
-    """largest global norm of the gradient"""
-    target_kl: float | None = None
-    """stop the epochs of an update when the approximate KL divergence exceeds this"""
-    norm_obs: bool = True
-    """take from each pixel its running mean, and divide all by the standard deviation that is left"""
+    num_envs: int = 8  # parallel environments (N)
+    num_steps: int = 128  # steps per environment and rollout (T)
+    learning_rate: float = 2.5e-4  # initial learning rate of Adam
+    anneal_lr: bool = True  # anneal the learning rate linearly to 0
+    gamma: float = 0.99  # discount factor
+    gae_lambda: float = 0.95  # lambda of generalized advantage estimation
+    num_minibatches: int = 4  # minibatches per epoch
+    update_epochs: int = 3  # epochs per rollout (K)
+    norm_adv: bool = True  # normalize the advantages of each minibatch
+    clip_coef: float = 0.1  # clip range of the probability ratio (epsilon)
+    clip_vloss: bool = True  # clip the value loss, with the same range
+    ent_coef: float = 0.01  # entropy coefficient (c2)
+    vf_coef: float = 0.5  # value loss coefficient (c1)
+    max_grad_norm: float = 0.5  # maximum global norm of the gradient
+    target_kl: float = 0.0  # stop the epochs on a rollout when the approximate KL divergence exceeds this; 0: never
+    life_loss: bool = True  # a lost life is a termination for the learner; the game continues
+    norm_obs: bool = True  # subtract the running mean of each pixel, and divide all by one standard deviation
+    bf16: bool = has_bf16()  # convolutions in bfloat16
 
-    # Speed
-    bf16: bool = True
-    """the layers before the heads in bfloat16 (weights, heads and losses stay in float32)"""
+    # The run
+    run_dir: str = ""  # run folder; default: runs/{env}__{algo}__{seed}__{UTC time}
+    resume: str = ""  # resume the run in this folder, with its own flags
+    evaluate: str = ""  # evaluate the agent of the run in this folder instead of training
+    eval_episodes: int = 20  # episodes of the evaluation
+    video: bool = False  # record a video of the first one
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    torch_threads: int = 0  # CPU threads of PyTorch and the emulators; 0: PyTorch's default
+    compile: bool = False  # torch.compile the loss
+    checkpoint_every: int = 500_000  # steps; a checkpoint restarts the environments and discards unfinished episodes
 
-
-LIMITS = {  # flag: smallest and largest value
-    "seed": (0, 2**63),
-    "total_timesteps": (1, math.inf),
-    "eval_episodes": (1, 10_000),
-    "torch_threads": (0, 1024),
-    "checkpoint_every": (0, math.inf),
-    "num_envs": (1, 100_000),
-    "num_steps": (1, math.inf),
-    "learning_rate": (1e-12, 10),
-    "gamma": (0, 1),
-    "gae_lambda": (0, 1),
-    "num_minibatches": (1, math.inf),
-    "update_epochs": (1, math.inf),
-    "clip_coef": (1e-6, math.inf),
-    "ent_coef": (0, math.inf),
-    "vf_coef": (0, math.inf),
-    "max_grad_norm": (1e-12, math.inf),
-    "target_kl": (0, math.inf),
-}
-
-
-# ------------------------------------------------------------------------------------------------------- networks
-
-
-def layer_init(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
-    """Orthogonal weights with gain `std` and zero biases."""
-    nn.init.orthogonal_(layer.weight, std)
-    nn.init.zeros_(layer.bias)
-    return layer
+    def __post_init__(self) -> None:  # tyro reports a ValueError as a usage error
+        for name, value in vars(self).items():
+            lowest = 1 if type(value) is int and name not in ("seed", "torch_threads") else 0
+            if isinstance(value, int | float) and not lowest <= value < math.inf:
+                raise ValueError(f"{name} must be at least {lowest} and finite, not {value}")
+        if max(self.gamma, self.gae_lambda) > 1:
+            raise ValueError("gamma and gae_lambda must be at most 1")
+        if self.num_envs * self.num_steps % self.num_minibatches:
+            raise ValueError("num_minibatches must divide num_envs * num_steps")
 
 
 class RunningMeanStd(nn.Module):
-    """Mean and variance of all that was seen, as buffers: whoever has the agent has its statistics."""
+    """Running mean and variance (Chan et al. 1979), stored as buffers so that they are saved with the agent."""
 
-    def __init__(self, *shape: int):
+    def __init__(self, *shape: int) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
     def update(self, x: Tensor) -> None:
-        """Take in the rows of x (B, *shape): the parallel algorithm of Chan et al. 1979."""
-        x = x.double()
+        """Add the rows of x (B, *shape)."""
         delta, total = x.mean(0) - self.mean, self.count + len(x)
-        m2 = self.var * self.count + x.var(0, unbiased=False) * len(x) + delta.square() * self.count * len(x) / total
-        self.mean.add_(delta * len(x) / total)
+        m2 = self.var * self.count + x.var(0, correction=0) * len(x) + delta.square() * self.count * len(x) / total
+        self.mean += delta * len(x) / total
         self.var.copy_(m2 / total)
         self.count.copy_(total)
 
 
-class Agent(nn.Module):
-    """The network of Mnih et al. 2015, with two heads on the features that policy and value share."""
+def layer_init(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
+    """Orthogonal initialization with gain `std`, zero biases."""
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.zeros_(layer.bias)
+    return layer
 
-    def __init__(self, envs: gym.vector.VectorEnv, args: Args):
+
+class Agent(nn.Module):
+    """The network of Mnih et al. 2015 with two heads, the policy (actor) and the value function (critic)."""
+
+    def __init__(self, envs: gym.vector.VectorEnv, args: Args) -> None:
         super().__init__()
-        self.norm_obs = args.norm_obs
-        self.dtype = torch.bfloat16 if args.bf16 else torch.float32
-        self.obs_stats = RunningMeanStd(84, 84, 1)
         self.trunk = nn.Sequential(
             layer_init(nn.Conv2d(4, 32, 8, stride=4)),
             nn.ReLU(),
@@ -232,625 +154,392 @@ class Agent(nn.Module):
         ).to(memory_format=torch.channels_last)
         self.actor = layer_init(nn.Linear(512, int(envs.single_action_space.n)), std=0.01)
         self.critic = layer_init(nn.Linear(512, 1), std=1.0)
+        self.obs_stats, self.norm_obs, self.bf16 = RunningMeanStd(84, 84), args.norm_obs, args.bf16
 
-    def normalize(self, obs: Tensor) -> Tensor:
-        """Bytes (N, 84, 84, 4) -> what the network sees. Until the first update the statistics are 0 and 1.
-
-        The mean is one of each pixel: without it most of what the network sees is the background, which says nothing.
-        The deviation is one of all pixels, so that a pixel that hardly ever changes is not blown up, and at least 0.01.
-        Nothing is clipped: how bright the pixels of a ball are tells where between them it is.
-        """
-        x = obs / 255
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Bytes (B, 4, 84, 84) -> logits (B, A) and V(s) (B,)."""
+        x = obs.to(torch.float32, memory_format=torch.channels_last) / 255
         if self.norm_obs:
-            std = (self.obs_stats.var.mean() + 1e-4).sqrt()
+            std = (self.obs_stats.var.mean() + 1e-4).sqrt()  # one for all pixels: those that never change stay small
             x = (x - self.obs_stats.mean.float()) / std.float()
-        return x.to(self.dtype)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            hidden = self.trunk(x)
+        return self.actor(hidden.float()), self.critic(hidden.float()).squeeze(-1)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised frames (B, 84, 84, 4) -> logits (B, A), V(s) (B,). Weights and heads are float32 in any case."""
-        with torch.autocast(x.device.type, x.dtype, enabled=x.dtype != torch.float32):
-            hidden = self.trunk(x.permute(0, 3, 1, 2))
-        hidden = hidden.float()
-        return self.actor(hidden), self.critic(hidden).squeeze(-1)
+    def logprob_entropy_value(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """log pi(a|s), the entropy of pi(.|s), and V(s): (B, 4, 84, 84), (B,) -> (B,), (B,), (B,)."""
+        logits, values = self(obs)
+        logprobs = logits.log_softmax(-1)
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        return logprobs.gather(-1, actions.unsqueeze(-1)).squeeze(-1), entropy, values
 
+    @torch.no_grad()
+    def sample(self, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Actions sampled from the policy, their log-probabilities, and V(s): (N, 4, 84, 84) -> (N,), (N,), (N,)."""
+        logits, values = self(obs)
+        gumbel = -torch.empty_like(logits).exponential_().log()
+        actions = (logits + gumbel).argmax(-1)  # distributed as Categorical(logits=logits).sample(), but faster
+        return actions, logits.log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1), values
+
+    @torch.no_grad()
     def act(self, obs: Tensor) -> Tensor:
-        """The most probable action: bytes (N, 84, 84, 4) -> (N,)."""
-        return self(self.normalize(obs))[0].argmax(-1)
+        """Greedy actions: (N, 4, 84, 84) -> (N,)."""
+        return self(obs)[0].argmax(-1)
 
 
-# ------------------------------------------------------------------------------------------------------ algorithm
+class Games(gym.vector.VectorWrapper):
+    """ALE's vector environment. It remembers the newest frame of the first game, for a video of what the agent sees."""
+
+    def __init__(self, env: gym.vector.VectorEnv) -> None:
+        super().__init__(env)
+        self.envs = [self]
+
+    def reset(self, **kwargs):
+        self.obs, infos = self.env.reset(**kwargs)
+        return self.obs, infos
+
+    def step(self, actions):
+        self.obs, *rest = self.env.step(actions)
+        return self.obs, *rest
+
+    def render(self) -> np.ndarray:
+        """RGB, (336, 336, 3)."""
+        return np.repeat(self.obs[0, -1].repeat(4, 0).repeat(4, 1)[..., None], 3, -1)
 
 
-def gae(
-    rewards: Tensor, values: Tensor, next_values: Tensor, terminations: Tensor, dones: Tensor, gamma: float, lam: float
-) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation, GAE eq. 16, with both kinds of episode end. All tensors are (T, N).
+def make_envs(args: Args, num_envs: int, render: bool = False) -> gym.vector.VectorEnv:
+    """SAME_STEP autoreset: where a game ends, `step` already returns the first observation of the next one.
 
-    `next_values[t]` is V of the state that action t led to: at the end of an episode its real last state, not the
-    first of the next. A termination has no future; a truncation (done but not terminated) has one that was not seen.
-
-        delta_t = r_t + gamma V(s_{t+1}) (1 - terminated_t) - V(s_t)
-        A_t = delta_t + gamma lambda (1 - done_t) A_{t+1}
-
-    Returns advantages and returns (advantages + values).
+    Observations are bytes (N, 4, 84, 84), rewards are raw. At a lost life the game continues: see infos["lives"].
     """
-    deltas = rewards + gamma * next_values * ~terminations - values
-    decays = gamma * lam * ~dones
-    advantages, following = torch.empty_like(deltas), torch.zeros_like(deltas[0])
-    for t in reversed(range(len(deltas))):
-        advantages[t] = following = deltas[t] + decays[t] * following
-    return advantages, advantages + values
-
-
-def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
-    """PPO eq. 7 before the mean: the pessimistic of the plain and the clipped objective, (B,) -> (B,)."""
-    return torch.min(advantages * ratio, advantages * ratio.clamp(1 - clip_coef, 1 + clip_coef))
-
-
-def value_loss(new_values: Tensor, values: Tensor, returns: Tensor, clip_coef: float | None) -> Tensor:
-    """Half the squared error, (B,) -> (B,); with `clip_coef` the worse of plain and clipped around `values`."""
-    error = (new_values - returns).square()
-    if clip_coef is not None:
-        clipped = values + (new_values - values).clamp(-clip_coef, clip_coef)
-        error = torch.max(error, (clipped - returns).square())
-    return 0.5 * error
-
-
-def normalize_advantages(advantages: Tensor) -> Tensor:
-    """Zero mean and unit standard deviation; a single advantage has no deviation and stays as it is."""
-    if len(advantages) == 1:
-        return advantages
-    std, mean = torch.std_mean(advantages)
-    return (advantages - mean) / (std + 1e-8)
-
-
-def log_prob_and_entropy(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a categorical distribution: logits (..., A), actions (...) -> (...), (...)."""
-    logprobs = logits.log_softmax(-1)
-    return logprobs.gather(-1, actions.unsqueeze(-1)).squeeze(-1), -(logprobs.exp() * logprobs).sum(-1)
-
-
-def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns): 1 for a perfect critic, 0 for one no better than a constant."""
-    return 1 - ((returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)).item()
-
-
-def ppo_loss(agent: Agent, args: Args, obs, actions, logprobs, advantages, returns, values) -> tuple[Tensor, Tensor]:
-    """PPO eq. 9 on a minibatch of B rows, as a loss.
-
-    Returns it and, for the metrics of `update`, its parts: policy loss, value loss, entropy and log ratio, (4, B).
-    """
-    logits, new_values = agent(obs)
-    new_logprobs, entropy = log_prob_and_entropy(logits, actions)
-    logratio = new_logprobs - logprobs
-    if args.norm_adv:
-        advantages = normalize_advantages(advantages)
-    policy_loss = -clipped_surrogate(logratio.exp(), advantages, args.clip_coef)
-    v_loss = value_loss(new_values, values, returns, args.clip_coef if args.clip_vloss else None)
-    loss = (policy_loss - args.ent_coef * entropy + args.vf_coef * v_loss).mean()
-    return loss, torch.stack([policy_loss, v_loss, entropy.expand_as(v_loss), logratio]).detach()
-
-
-def ppo_gradient(agent: Agent, args: Args, *minibatch: Tensor) -> Tensor:
-    """The gradient of `ppo_loss`, its norm limited, into the parameters; returns the parts of the loss, (4, B)."""
-    loss, parts = ppo_loss(agent, args, *minibatch)
-    loss.backward()
-    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm, foreach=True)
-    return parts
-
-
-METRICS = "losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/approx_kl", "losses/clipfrac"
-
-
-def update(agent: Agent, optimizer: torch.optim.Optimizer, gradient_fn, batch: tuple, args: Args) -> dict[str, float]:
-    """`update_epochs` epochs of minibatch steps over one rollout: each tensor of `batch` has T * N rows.
-
-    Returns the METRICS. The approximate KL divergence is mean((ratio - 1) - log ratio): unbiased, never negative, and
-    of low variance (http://joschu.net/blog/kl-approx.html).
-    """
-    rows = len(batch[0])
-    history = []
-    for _ in range(args.update_epochs):
-        order = torch.randperm(rows, device=batch[0].device)
-        shuffled = [x[order].split(rows // args.num_minibatches) for x in batch]
-        epoch = []
-        for minibatch in zip(*shuffled, strict=True):
-            optimizer.zero_grad()
-            parts = gradient_fn(agent, args, *minibatch)
-            optimizer.step()
-            epoch.append(parts.clone())  # a CUDA graph writes its next output into the same memory
-        policy_loss, v_loss, entropy, logratio = torch.cat(epoch, 1)
-        ratio = logratio.exp()
-        approx_kl = (ratio - 1 - logratio).mean()
-        clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
-        history.append(torch.stack([policy_loss.mean(), v_loss.mean(), entropy.mean(), approx_kl, clipfrac]))
-        if args.target_kl is not None and approx_kl > args.target_kl:
-            break
-    return dict(zip(METRICS, torch.stack(history).mean(0).tolist(), strict=True))
-
-
-# -------------------------------------------------------------------------------------------------------- the run
-
-
-def fail(message: str, code: int = 2) -> None:
-    """End the program with one line on stderr. Code 2: bad input or a full disk; 3: the numbers diverged."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(code)
-
-
-def check_limits(args: Args) -> None:
-    """Every flag named in LIMITS lies in its range; None is a flag that is off."""
-    for name, (low, high) in LIMITS.items():
-        value = getattr(args, name)
-        if value is not None and not (isinstance(value, int | float) and low <= value <= high):
-            fail(f"--{name.replace('_', '-')} is {value}; it takes values from {low} to {high}")
-
-
-def reseed(seed: int, *purpose: int, num_envs: int = 0) -> list[int]:
-    """Seed Python, NumPy and PyTorch for one purpose of one run; returns a 31-bit seed for each environment.
-
-    Every (seed, purpose) is a stream of its own (`numpy.random.SeedSequence`): neighbouring seeds share nothing. A
-    training run reseeds at each checkpoint for the purpose (TRAIN, step), so no generator's state needs to be saved.
-    """
-    first, *env_seeds = (np.random.SeedSequence(seed, spawn_key=purpose).generate_state(1 + num_envs) >> 1).tolist()
-    random.seed(first)
-    np.random.seed(first)
-    torch.manual_seed(first)
-    return env_seeds
-
-
-def start_envs(args: Args, seeds: list[int], render: bool = False) -> tuple[gym.vector.VectorEnv, np.ndarray]:
-    """One game per seed in ALE's native vector environment, and their first observations (N, 4, 84, 84), bytes.
-
-    Sticky actions (0.25), frame skip 4, the maximum of the last two frames, grayscale, the last 4 of these. A game
-    starts with FIRE, where it has that button, and fewer than 30 no-ops; it is cut after 108,000 frames. One that ends
-    restarts in the same step: its last observation is in infos["final_obs"]. Rewards are raw.
-    """
-    games = [name for name in gym.registry if name.startswith("ALE/")]
-    if args.env_id not in games:
-        near = ", ".join(difflib.get_close_matches(args.env_id, games, n=3) or ["ALE/Pong-v5"])
-        fail(f"{args.env_id} is not an Atari game of ale-py. Near it: {near}. For vectors there is ppo.py")
+    try:
+        spec = gym.spec(args.env_id)
+    except (gym.error.Error, ImportError) as error:
+        fail(f"cannot make {args.env_id}: {error}")
+    if not args.env_id.startswith("ALE/"):
+        fail(f"{args.env_id} is not an Atari game, like ALE/Pong-v5: for vector observations there is ppo.py")
     envs = gym.make_vec(
-        args.env_id,
-        len(seeds),
-        autoreset_mode=AutoresetMode.SAME_STEP,
+        spec,
+        num_envs,
+        autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
         repeat_action_probability=0.25,
         reward_clipping=False,
-        num_threads=args.torch_threads,
+        num_threads=min(num_envs, torch.get_num_threads()),
+        **args.env_kwargs,
     )
-    return envs, envs.reset(seed=np.array(seeds))[0]
+    return Games(envs)
 
 
-def to_tensor(obs: np.ndarray, args: Args) -> Tensor:
-    """Bytes (N, 4, 84, 84) -> bytes (N, 84, 84, 4), the layout in which convolutions are fastest."""
-    return torch.from_numpy(obs).to(args.device).permute(0, 2, 3, 1)
+def gae(rewards, values, next_values, terminations, dones, gamma: float, gae_lambda: float) -> Tensor:
+    """Generalized advantage estimation, GAE eq. 16. All tensors are (T, N).
 
-
-def frame(envs: gym.vector.VectorEnv, obs: np.ndarray) -> np.ndarray:
-    """A picture (336, 336, 3) of what the agent sees of the first game."""
-    return np.repeat(obs[0, -1].repeat(4, 0).repeat(4, 1)[..., None], 3, -1)
-
-
-def check_video(args: Args) -> None:
-    """Make one picture, so that a film that is not possible is said before the run and not after it."""
-    if sys.platform == "linux":  # pictures without a screen
-        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-        os.environ.setdefault("MUJOCO_GL", "egl")
-    try:
-        frame(*start_envs(args, [0], render=True))
-    except Exception as error:
-        fail(f"{args.env_id} cannot be filmed: {' '.join(repr(error).split())}")
-
-
-def write_atomically(path: Path, write) -> None:
-    """`write(file)` to a file aside, then move it over `path`: at any moment `path` is the old file or the new."""
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        with aside.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save wraps the error of a full disk in a RuntimeError
-        aside.unlink(missing_ok=True)
-        cause = error if isinstance(error, OSError) else error.__context__ or error
-        raise OSError(f"cannot write {path}: {cause}") from None
-
-
-def write_json(path: Path, content: dict) -> None:
-    write_atomically(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
-
-
-def describe_run(args: Args) -> dict:
-    """What args.json holds: every flag, and what the result may depend on besides."""
-    packages = ("torch", "gymnasium", "ale-py", "mujoco", "Box2D", "numpy")
-    installed = {d.name.lower(): d.version for d in importlib.metadata.distributions() if d.name}
-    script = Path(__file__).resolve()
-    git = ("git", "-C", script.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-        cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    except (OSError, StopIteration):
-        commit, cpu = "", platform.processor()
-    return {
-        "args": asdict(args),
-        "command": shlex.join(sys.argv),
-        "script": script.name,
-        "sha256": hashlib.sha256(script.read_bytes()).hexdigest(),
-        "commit": commit.removesuffix("-dirty") or None,
-        "clean": not commit.endswith("-dirty") if commit else None,
-        "versions": {"python": platform.python_version()} | {p: installed.get(p.lower()) for p in packages},
-        "cpu": cpu.partition(": ")[2] or cpu,
-        "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if args.device == "cuda" else None,
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-class Run:
-    """The run folder: what a run leaves on disk, and what it needs to go on from there."""
-
-    def __init__(self, args: Args):
-        self.path, self.args = Path(args.run_dir), args
-        self.checkpoint = read_checkpoint(self.path) if args.resume else {}
-        self.step = self.last_saved = self.checkpoint.get("step", 0)
-
-    def open(self) -> None:
-        """Write args.json, or cut the logs back to the checkpoint, and open them."""
-        args, logs = self.args, self.checkpoint.get("logs", {})
-        try:
-            if not args.resume:
-                self.path.mkdir(parents=True, exist_ok=True)
-                if any(self.path.iterdir()):
-                    fail(f"{self.path} is not empty; --resume goes on with a run, --run-dir takes another folder")
-                write_json(self.path / "args.json", describe_run(args))
-            for log in (*self.path.glob("events.out.tfevents.*"), *self.path.glob("episodes.csv")):
-                os.truncate(log, min(logs.get(log.name, 0), log.stat().st_size))  # later rows are written again
-            self.episodes = (self.path / "episodes.csv").open("a+", newline="")
-            self.writer = SummaryWriter(self.path, flush_secs=10)
-        except OSError as error:
-            fail(f"cannot write the run folder {self.path}: {error.strerror or error}")
-        if self.episodes.tell() == 0:
-            self.episodes.write("step,seconds,return,length\n")
-        self.episodes.seek(0)
-        rows = deque(csv.DictReader(self.episodes), maxlen=100)
-        self.recent = deque(((float(row["return"]), int(row["length"])) for row in rows), maxlen=100)
-        self.returns, self.lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, np.int64)
-        self.flushed = time.perf_counter()
-        self.started = self.flushed - self.checkpoint.get("seconds", 0)
-        print(f"run folder: {self.path}", flush=True)
-        self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit=" steps", unit_scale=True, disable=None)
-
-    def seconds(self) -> float:
-        """Seconds of training, over all resumes."""
-        return time.perf_counter() - self.started
-
-    def restore(self, **parts) -> int:
-        """Give every named part (module, optimiser, ...) its state from the checkpoint; returns the step.
-
-        Only then are the logs opened: a checkpoint that does not fit leaves the folder as it was.
-        """
-        try:
-            for name, part in parts.items() if self.checkpoint else ():
-                part.load_state_dict(self.checkpoint[name])
-        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-            fail(f"{self.path}/checkpoint.pt does not fit this script: {str(error).splitlines()[0]}")
-        self.open()
-        return self.step
-
-    def save_is_due(self) -> bool:
-        every = self.args.checkpoint_every
-        return self.step // every > self.last_saved // every and self.step < self.args.total_timesteps
-
-    def save(self, **parts) -> None:
-        """Write checkpoint.pt: the state of every named part, the step, and how long each log is by now.
-
-        The caller then starts the environments anew, as a resumed run has to; their running episodes are dropped.
-        """
-        modules = (part.state_dict() for part in parts.values() if isinstance(part, nn.Module))
-        self.check_finite(*(tensor for module in modules for tensor in module.values()))
-        self.episodes.flush()
-        os.fsync(self.episodes.fileno())
-        self.writer.flush()
-        logs = {log.name: log.stat().st_size for log in (*self.path.glob("events.*"), *self.path.glob("episodes.csv"))}
-        state = {name: part.state_dict() for name, part in parts.items()}
-        state |= {"step": self.step, "seconds": self.seconds(), "logs": logs}
-        write_atomically(self.path / "checkpoint.pt", lambda file: torch.save(state, file))
-        self.last_saved = self.step
-        if self.bar.disable:  # no terminal: a sign of life for who reads the log
-            trailing = f"{np.mean(self.recent, axis=0)[0]:.1f}" if self.recent else "none yet"
-            print(f"{self.step:,} steps in {self.seconds():.0f} s, training return {trailing}", flush=True)
-        self.returns[:] = self.lengths[:] = 0
-
-    def record(self, step: int, rewards: np.ndarray, dones: np.ndarray) -> None:
-        """Add a step of all environments, raw rewards (N,), to their episodes; those that ended become rows."""
-        self.returns += rewards
-        self.lengths += 1
-        if dones.any():
-            for i in np.flatnonzero(dones):
-                self.recent.append((float(self.returns[i]), int(self.lengths[i])))
-                self.episodes.write(f"{step},{self.seconds():.2f},{self.returns[i]},{self.lengths[i]}\n")
-            self.returns[dones] = self.lengths[dones] = 0
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Once per update: scalars for TensorBoard and the progress bar. A number that is not finite ends the run."""
-        self.check_finite(torch.tensor(list(metrics.values())))
-        if self.recent:
-            mean_return, mean_length = np.mean(self.recent, axis=0).tolist()
-            metrics |= {"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}
-            self.bar.set_postfix_str(f"return {mean_return:.1f}", refresh=False)
-        for name, value in (metrics | {"charts/SPS": step / self.seconds()}).items():
-            self.writer.add_scalar(name, value, step)
-        self.bar.total = max(step, self.bar.total)  # the last rollout may end after --total-timesteps
-        self.bar.update(step - self.step)
-        self.step = step
-        if time.perf_counter() - self.flushed > 1:
-            self.episodes.flush()
-            self.flushed = time.perf_counter()
-
-    def check_finite(self, *tensors: Tensor) -> None:
-        if not all(tensor.isfinite().all() for tensor in tensors):
-            self.bar.close()
-            hint = "its last checkpoint is kept; " if self.last_saved else ""
-            hint += "if all rewards and observations were finite, a smaller learning rate may help"
-            fail(f"{self.path} diverged after step {self.step}: loss or weights are not finite; {hint}", code=3)
-
-    def finish(self, agent: nn.Module) -> None:
-        """Save the agent, evaluate it, write result.json and say where to look."""
-        seconds, args, path = self.seconds(), self.args, shlex.quote(str(self.path))
-        self.bar.close()
-        self.check_finite(*agent.state_dict().values())
-        self.episodes.close()
-        self.writer.close()
-        tensors = {name: tensor.contiguous() for name, tensor in agent.state_dict().items()}
-        write_atomically(self.path / "agent.safetensors", lambda file: file.write(safetensors.torch.save(tensors)))
-        returns = evaluate(args, agent)
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-        final_return = float(np.mean(self.recent, axis=0)[0]) if self.recent else None
-        result = {
-            "final_return": final_return,
-            "eval_return_mean": float(returns.mean()),
-            "eval_return_std": float(returns.std()),
-            "eval_episodes": args.eval_episodes,
-            "steps": self.step,
-            "seconds": round(seconds, 2),
-            "sps": round(self.step / seconds, 1),
-            "peak_memory_mb": round(memory, 1),
-        }
-        write_json(self.path / "result.json", result)
-        trailing = f"{final_return:.1f}" if self.recent else "none"
-        print(
-            f"{args.env_id}, seed {args.seed}: {self.step:,} steps in {seconds:.1f} s, {result['sps']:,.0f} a second\n"
-            f"training return, mean of the last {len(self.recent)} episodes: {trailing}\n"
-            f"evaluation return, {args.eval_episodes} episodes, greedy: {returns.mean():.1f} ± {returns.std():.1f}\n"
-            f"curves: {UV}tensorboard --logdir {path}\n"
-            f"film:   {UV}python {shlex.quote(sys.argv[0])} --evaluate {path} --video"
-        )
-
-
-def read_checkpoint(path: Path) -> dict:
-    """checkpoint.pt, read as data that can run no code; empty if the run was stopped before its first one."""
-    if not (path / "checkpoint.pt").exists():
-        return {}
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            if zipfile.ZipFile(path / "checkpoint.pt").testzip():
-                raise ValueError("a checksum is wrong")
-            checkpoint = torch.load(path / "checkpoint.pt", map_location="cpu", weights_only=True)
-        if not (checkpoint["step"] > 0 and checkpoint["seconds"] >= 0 and checkpoint["logs"]["episodes.csv"] > 0):
-            raise ValueError("step, seconds or logs are out of range")
-        if (path / "episodes.csv").stat().st_size < checkpoint["logs"]["episodes.csv"]:
-            raise ValueError("episodes.csv has lost rows that were there when it was written")
-        return checkpoint
-    except Exception as error:
-        fail(f"{path}/checkpoint.pt is damaged or no checkpoint: {(str(error).splitlines() or [repr(error)])[0]}")
-
-
-@torch.inference_mode()
-def evaluate(args: Args, agent: nn.Module) -> np.ndarray:
-    """Raw undiscounted returns of `eval_episodes` greedy episodes; `--video` films the first.
-
-    Each episode has an environment of its own, so that short ones are not counted more often than long ones. An episode
-    that does not end is cut after 30,000 steps.
+    Every done stops the sum of TD errors. Only a termination drops the next value; a truncation keeps V(final obs).
     """
-    envs, obs = start_envs(args, reseed(args.seed, EVAL, num_envs=args.eval_episodes), render=args.video)
-    returns, running, film = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, bool), None
-    if args.video:
-        path = Path(args.run_dir) / "videos" / f"evaluation-{args.seed}.mp4"
-        path.parent.mkdir(exist_ok=True)
-        film = imageio.get_writer(path, fps=envs.metadata.get("render_fps", 30), macro_block_size=2)
-    for _ in range(30_000):
-        if film and running[0]:
-            film.append_data(frame(envs, obs))
-        obs, rewards, terminations, truncations, _ = envs.step(agent.act(to_tensor(obs, args)).cpu().numpy())
-        returns += rewards * running
-        running &= ~(terminations | truncations)
-        if not running.any():
-            break
-    envs.close()
-    if film:
-        film.close()
-        print(f"film of the first episode: {path}")
-    return returns
+    deltas = rewards + gamma * torch.where(terminations, 0, next_values) - values
+    decays = gamma * gae_lambda * ~dones
+    advantages, advantage = torch.zeros_like(deltas), 0
+    for t in reversed(range(len(deltas))):
+        advantages[t] = advantage = deltas[t] + decays[t] * advantage
+    return advantages
 
 
-def evaluate_saved(args: Args) -> None:
-    """Play the agent of a finished run: its folder alone is enough."""
-    path = Path(args.run_dir) / "agent.safetensors"
-    agent = Agent(start_envs(args, [0])[0], args).to(args.device)
-    try:
-        agent.load_state_dict(safetensors.torch.load_file(path, device=args.device))
-    except FileNotFoundError:
-        fail(f"{args.run_dir} is not finished; --resume {args.run_dir} goes on with it")
-    except Exception as error:
-        fail(f"{path} is damaged, or its agent is not for {args.env_id}: {' '.join(str(error).split())[:200]}")
-    returns = evaluate(args, agent)
-    print(f"{args.env_id}, {len(returns)} episodes, greedy: {returns.mean():.1f} ± {returns.std():.1f}")
+def ppo_loss(agent, args, obs, actions, logprobs, advantages, returns, values) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO eq. 9 on a minibatch of B steps, obs (B, 4, 84, 84), the others (B,). Returns the loss and metrics."""
+    new_logprobs, entropy, new_values = agent.logprob_entropy_value(obs, actions)
+    logratio = new_logprobs - logprobs
+    ratio = logratio.exp()
+    if args.norm_adv and len(advantages) > 1:
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+    policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages)  # PPO eq. 7
 
+    value_loss = 0.5 * (new_values - returns).square()
+    if args.clip_vloss:
+        clipped_values = values + (new_values - values).clamp(-args.clip_coef, args.clip_coef)
+        value_loss = torch.max(value_loss, 0.5 * (clipped_values - returns).square())
 
-def read_args(folder: str) -> dict:
-    """The flags in a run folder's args.json."""
-    script = Path(__file__).name
-    try:
-        described = json.loads((Path(folder) / "args.json").read_text())
-        flags, maker, sha256 = dict(described["args"]), described["script"], described["sha256"]
-    except FileNotFoundError:
-        fail(f"{folder} is not a run folder: it has no args.json")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fail(f"{folder}/args.json is damaged: {error}")
-    if maker != script:
-        fail(f"{folder} was made by {maker}, which is the script to use with it")
-    if set(flags) != set(Args.__dataclass_fields__):
-        commit = f": that of commit {described['commit']!s:.7}" if described.get("commit") else ""
-        fail(f"{folder} was made by another version of {script}, with other flags{commit}")
-    if sha256 != hashlib.sha256(Path(__file__).read_bytes()).hexdigest():
-        print(f"warning: {script} has changed since {folder} was begun; the result may differ", file=sys.stderr)
-    return flags
-
-
-def parse_args() -> Args:
-    """Flags from the command line; with --resume or --evaluate, those of the run's args.json are the defaults."""
-    args = tyro.cli(Args, description=__doc__)
-    folder = args.resume or args.evaluate
-    if args.resume and args.evaluate:
-        fail("--resume and --evaluate exclude each other")
-    if folder:
-        saved = replace(Args(**read_args(folder)), run_dir=folder, resume=args.resume, evaluate=args.evaluate)
-        with warnings.catch_warnings(action="ignore"):  # of a flag of another type, which check_limits refuses
-            args = tyro.cli(Args, default=saved)
-        changed = [name for name, value in asdict(args).items() if value != getattr(saved, name)]
-        if args.evaluate:
-            changed = [name for name in changed if name not in EVALUATION]
-        if changed:
-            verb = "--resume goes on" if args.resume else "--evaluate plays the agent"
-            fail(f"{verb} under the flags of the run; leave out --{changed[0].replace('_', '-')}")
-        if args.resume and (Path(folder) / "result.json").exists():
-            fail(f"{folder} is finished; --evaluate {folder} plays it")
-    check_limits(args)
-    if args.device == "auto":
-        args.device = AUTO_DEVICE
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device is cuda, but PyTorch finds no usable GPU")
-    if args.compile and args.device == "cpu" and not shutil.which(os.environ.get("CXX", "c++")):
-        fail("--compile needs a C++ compiler on PATH")
-    args.torch_threads = args.torch_threads or os.cpu_count()
-    args.checkpoint_every = args.checkpoint_every or -(-args.total_timesteps // 10)
-    if args.run_dir is None:
-        name = f"{re.sub('[^A-Za-z0-9.-]+', '-', args.env_id)}__{Path(__file__).stem}__{args.seed}"
-        args.run_dir = f"runs/{name}__{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"[:-3] + "Z"
-    return args
-
-
-# ------------------------------------------------------------------------------------------------------- training
+    loss = (policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy).mean()
+    with torch.no_grad():
+        metrics = {
+            "losses/policy_loss": policy_loss.mean(),
+            "losses/value_loss": value_loss.mean(),
+            "losses/entropy": entropy.mean(),
+            "losses/approx_kl": (ratio - 1 - logratio).mean(),  # http://joschu.net/blog/kl-approx.html
+            "losses/clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
+        }
+    return loss, metrics
 
 
 def train(args: Args) -> None:
-    """PPO, algorithm 1: T steps in each of N environments, K epochs on them, and again."""
-    T, N, device = args.num_steps, args.num_envs, torch.device(args.device)
-    if T * N % args.num_minibatches:
-        fail(f"--num-minibatches {args.num_minibatches} does not divide the batch, {N} environments * {T} steps")
-    num_iterations = math.ceil(args.total_timesteps / (T * N))
-    envs, next_obs = start_envs(args, reseed(args.seed, TRAIN, 0, num_envs=N))
+    """PPO, algorithm 1: collect T steps in each of N environments, optimize for K epochs, repeat."""
+    prepare(args)
+    torch.backends.cudnn.deterministic = True
+    T, N, device = args.num_steps, args.num_envs, args.device
+    envs, current_obs = start_envs(args, "train", 0, N)
     agent = Agent(envs, args).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
-    run = Run(args)
-    global_step = run.restore(agent=agent, optimizer=optimizer)
-    restart = global_step > 0
-    gradient_fn = ppo_gradient
-    if args.compile:
-        torch._dynamo.config.trace_autograd_ops = True  # loss and backward pass in one graph
-        mode = "reduce-overhead" if args.device == "cuda" else "default"
-        gradient_fn = torch.compile(ppo_gradient, mode=mode, fullgraph=True)
-
-    def gradient_of_rows(agent: Agent, args: Args, rows: Tensor, *minibatch: Tensor) -> Tensor:
-        """`gradient_fn` with the pictures of these rows. One shuffled copy of all would be new memory each time."""
-        return gradient_fn(agent, args, obs.flatten(0, 1)[rows], *minibatch)
-
-    num_actions = int(envs.single_action_space.n)
-    frames = torch.zeros((T, N, 84, 84, 1), dtype=torch.uint8, device=device)
-    obs = torch.zeros((T + 1, N, 84, 84, 4), dtype=agent.dtype, device=device)
-    logits = torch.zeros((T, N, num_actions), device=device)
-    values = torch.zeros((T + 1, N), device=device)
+    loss_fn = torch.compile(ppo_loss) if args.compile else ppo_loss
+    obs = torch.zeros((T + 1, N, 4, 84, 84), dtype=torch.uint8, device=device)
     actions = torch.zeros((T, N), dtype=torch.int64, device=device)
-    rewards, terminations, dones = np.zeros((T, N), np.float32), np.zeros((T, N), bool), np.zeros((T, N), bool)
+    logprobs, values = torch.zeros((T, N), device=device), torch.zeros((T + 1, N), device=device)
+    rewards = np.zeros((T, N), np.float32)
+    terminations, truncations = np.zeros((2, T, N), bool)
     lives = np.zeros(N)
+    run = Run(args, agent=agent, optimizer=optimizer)  # with --resume, restores both
+    global_step = run.start_step
 
-    for iteration in range(global_step // (T * N), num_iterations):
-        if restart:  # after a checkpoint, in a run that goes on and in one that is resumed alike: so both are the same
-            envs.close()
-            envs, next_obs = start_envs(args, reseed(args.seed, TRAIN, global_step, num_envs=N))
-            lives[:] = 0
-        learning_rate = args.learning_rate * (1 - iteration / num_iterations if args.anneal_lr else 1)
-        optimizer.param_groups[0]["lr"] = learning_rate
+    while global_step < args.total_timesteps:
+        if run.checkpoint(global_step):  # every `checkpoint_every` steps, and after a resume
+            envs, current_obs = start_envs(args, "train", global_step, N, old_envs=envs)
+            lives = np.zeros(N)
+        if args.anneal_lr:
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - global_step / args.total_timesteps)
 
-        with torch.no_grad():
-            # The rollout. argmax(logits + Gumbel noise) is a sample of softmax(logits).
-            actor = deepcopy(agent)
-            actor.trunk.to(agent.dtype)  # what autocast does in every call
-            gumbel = -torch.empty_like(logits).exponential_().log()
-            obs[0] = agent.normalize(to_tensor(next_obs, args))
-            last_obs = []  # of the episodes that a time limit cut: (t, which environments, observations)
+        # Collect a rollout
+        final_obs = []  # of truncated episodes
+        with torch.autocast(device, enabled=False):  # this outer context keeps the converted weights until it ends
             for t in range(T):
-                logits[t], values[t] = actor(obs[t])
-                actions[t] = (logits[t] + gumbel[t]).argmax(-1)
-                next_obs, reward, terminated, truncated, infos = envs.step(actions[t].cpu().numpy())
-                seen = to_tensor(next_obs, args)
-                frames[t], obs[t + 1] = seen[..., -1:], agent.normalize(seen)
+                obs[t] = torch.from_numpy(current_obs)
+                actions[t], logprobs[t], values[t] = agent.sample(obs[t])
+                current_obs, reward, terminated, truncations[t], infos = envs.step(actions[t].cpu().numpy())
+                if truncations[t].any():
+                    final_obs.append(infos["final_obs"][truncations[t]])
                 global_step += N
-                run.record(global_step, reward, terminated | truncated)
-                if truncated.any():
-                    last_obs.append((t, truncated.nonzero()[0], infos["final_obs"][truncated]))
-                if args.life_loss:
-                    terminated = terminated | (infos["lives"] < lives) & ~truncated
-                    lives = infos["lives"]
-                rewards[t], terminations[t], dones[t] = np.sign(reward), terminated, terminated | truncated
-
-            # Advantages. The state an action led to has the next row's value, unless the episode was cut there.
-            values[T] = actor(obs[T])[1]
+                run.record(global_step, reward, terminated | truncations[t])
+                lost_life = (infos["lives"] < lives) & ~truncations[t] & args.life_loss
+                rewards[t], terminations[t], lives = np.sign(reward), terminated | lost_life, infos["lives"]
+            obs[T] = torch.from_numpy(current_obs)
+            values[T] = agent.sample(obs[T])[2]
             next_values = values[1:].clone()
-            for t, cut, cut_obs in last_obs:
-                next_values[t, cut] = actor(agent.normalize(to_tensor(cut_obs, args)))[1]
-            r, terminated, done = (torch.from_numpy(array).to(device) for array in (rewards, terminations, dones))
-            advantages, returns = gae(r, values[:-1], next_values, terminated, done, args.gamma, args.gae_lambda)
-            logprobs, _ = log_prob_and_entropy(logits, actions)
+            if final_obs:
+                b_final_obs = torch.from_numpy(np.concatenate(final_obs)).to(device)
+                next_values[torch.from_numpy(truncations).to(device)] = agent.sample(b_final_obs)[2]
 
-        rows = torch.arange(T * N, device=device)
-        batch = [rows, *(x.flatten(0, 1) for x in (actions, logprobs, advantages, returns, values[:-1]))]
-        metrics = update(agent, optimizer, gradient_of_rows, batch, args)
-        if args.norm_obs:  # of one step in eight: the frames between are much like these
-            agent.obs_stats.update(frames[::8].flatten(0, 1) / 255)
-        metrics |= {"losses/explained_variance": explained_variance(values[:-1], returns)}
-        run.log(global_step, metrics | {"charts/learning_rate": learning_rate})
-        restart = run.save_is_due()
-        if restart:
-            run.save(agent=agent, optimizer=optimizer)
-    envs.close()
-    run.finish(agent)
+        # Compute the advantages
+        b_rewards, b_terminations, b_dones = (
+            torch.from_numpy(x).to(device) for x in (rewards, terminations, terminations | truncations)
+        )
+        advantages = gae(b_rewards, values[:-1], next_values, b_terminations, b_dones, args.gamma, args.gae_lambda)
+        returns = advantages + values[:-1]
+
+        # Optimize the policy and the value function
+        history = []
+        batch = [x.flatten(0, 1) for x in (obs[:-1], actions, logprobs, advantages, returns, values[:-1])]
+        for _ in range(args.update_epochs):
+            for rows in torch.randperm(T * N, device=device).chunk(args.num_minibatches):
+                loss, metrics = loss_fn(agent, args, *(x[rows] for x in batch))
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                optimizer.step()
+                history.append(metrics)
+            if 0 < args.target_kl < metrics["losses/approx_kl"]:
+                break
+        if args.norm_obs:  # only now, because the update has to see what the policy saw; every eighth frame is enough
+            agent.obs_stats.update(obs[:-1:8, :, -1].flatten(0, 1).double() / 255)
+
+        explained = 1 - (returns - values[:-1]).var(correction=0) / (returns.var(correction=0) + 1e-8)
+        charts = {"charts/learning_rate": optimizer.param_groups[0]["lr"], "losses/explained_variance": explained}
+        run.log(global_step, history, charts)
+    run.finish(global_step, envs)
+
+
+# ------------------- The run: identical in every script; skip it if you are here for the algorithm --------------------
+
+
+def fail(message: str, code: int = 2) -> NoReturn:  # exit codes: 2 is bad input, 3 NaN or inf, 130 an interrupt
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def prepare(args: Args) -> None:  # resolve what depends on time and machine, before an environment can call os.chdir
+    name = re.sub("[^A-Za-z0-9.-]+", "-", args.env_id) + f"__{Path(__file__).stem}__{args.seed}"
+    args.run_dir = os.path.abspath(args.run_dir or time.strftime(f"runs/{name}__%Y%m%dT%H%M%SZ", time.gmtime()))
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: PyTorch finds no GPU")
+    torch.set_num_threads(args.torch_threads or torch.get_num_threads())
+
+
+def start_envs(args: Args, stream: str, step: int, num_envs: int, old_envs=None, render: bool = False):
+    """Replace `old_envs`. All random numbers restart from (seed, step), so that checkpoints need not hold any state."""
+    try:
+        old_envs and old_envs.close()
+    except Exception as error:  # not worth losing a run
+        print(f"warning: an environment failed to close: {error!r}", file=sys.stderr)
+    envs = make_envs(args, num_envs, render)
+    seed = int(np.random.SeedSequence([args.seed, step, *stream.encode()]).generate_state(1)[0]) >> 1
+    for seed_library in (random.seed, np.random.seed, torch.manual_seed):
+        seed_library(seed)
+    torch.set_default_dtype(torch.float32)  # a package with environments may have changed it
+    for i, env in enumerate(envs.envs):
+        for space in (env.action_space, env.unwrapped.action_space, env.unwrapped.observation_space):
+            space.seed(seed + i)
+    return envs, envs.reset(seed=seed)[0]
+
+
+def write_atomically(path: Path, write) -> None:  # a crash leaves the old file or the new one
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    temporary.replace(path)
+
+
+class Run:
+    """The run folder: args.json, a copy of the script, episodes.csv, TensorBoard events, checkpoint.pt, results."""
+
+    def __init__(self, args: Args, **parts) -> None:  # parts: all that a resume restores, each with a state_dict
+        self.args, self.parts, self.path, script = args, parts, Path(args.run_dir), Path(__file__)
+        if not args.resume and self.path.exists() and set(os.listdir(self.path)) - {".lock", script.name}:
+            fail(f"{self.path} exists: continue it with --resume, or choose another --run-dir")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = FileLock(self.path / ".lock").acquire(blocking=False)
+        except OSError as error:  # also filelock.Timeout
+            fail(f"cannot use {self.path}, or another process does: {error}")
+        state = {"step": 0, "seconds": 0.0, "recent": [], "csv_size": 0}
+        if not args.resume:
+            git = ["git", "-C", script.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+            versions = {package.name: package.version for package in importlib.metadata.distributions()}
+            about = {"args": asdict(args), "command": sys.argv, "commit": commit, "versions": versions}
+            about |= {"cpu": torch.cpu.get_capabilities().get("cpu_name"), "threads": torch.get_num_threads()}
+            about |= {"gpu": torch.cuda.get_device_name() if args.device == "cuda" else None, "started": time.ctime()}
+            shutil.copy(script, self.path)
+            write_atomically(self.path / "args.json", lambda path: path.write_text(json.dumps(about, indent=2)))
+        elif (self.path / "checkpoint.pt").exists():
+            state = torch.load(self.path / "checkpoint.pt", map_location="cpu", weights_only=True)
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+        self.start_step, self.next_checkpoint = state["step"], state["step"] or args.checkpoint_every
+        self.started = time.perf_counter() - state["seconds"]
+        self.recent = deque(state["recent"], maxlen=100)  # (return, length) of the last 100 episodes
+        self.returns, self.lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, int)
+        self.episodes = (self.path / "episodes.csv").open("a", buffering=1)
+        self.episodes.truncate(state["csv_size"])
+        if not state["csv_size"]:
+            self.episodes.write("step,seconds,return,length\n")
+        self.writer = SummaryWriter(self.path, purge_step=self.start_step + 1)  # hides what a killed run logged later
+        interval = 0.5 if sys.stderr.isatty() else 60  # seconds
+        self.bar = tqdm(total=args.total_timesteps, initial=self.start_step, unit_scale=True, mininterval=interval)
+
+    def checkpoint(self, step: int, last: bool = False) -> bool:
+        """Save every `checkpoint_every` steps. True then and after a resume: the environments have to restart."""
+        if step < self.next_checkpoint and not last:
+            return False
+        self.next_checkpoint = (step // self.args.checkpoint_every + 1) * self.args.checkpoint_every
+        self.returns[:] = self.lengths[:] = 0
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"step": step, "seconds": time.perf_counter() - self.started}
+        state |= {"recent": list(self.recent), "csv_size": os.path.getsize(self.episodes.name)}
+        write_atomically(self.path / "checkpoint.pt", lambda path: torch.save(state, path))
+        if not self.recent and step < 2 * self.args.checkpoint_every:
+            self.bar.write("warning: no episode has ended yet; a larger --checkpoint-every may help", sys.stderr)
+        return True
+
+    def record(self, step: int, rewards: np.ndarray, dones: np.ndarray) -> None:
+        """Count one step of every environment; each episode that ended becomes a row of episodes.csv."""
+        self.returns += rewards
+        self.lengths += 1
+        for i in np.flatnonzero(dones):
+            row = step, round(time.perf_counter() - self.started, 2), float(self.returns[i]), int(self.lengths[i])
+            self.episodes.write(",".join(map(str, row)) + "\n")
+            self.recent.append(row[2:])
+            self.returns[i] = self.lengths[i] = 0
+
+    def log(self, step: int, history: list[dict[str, Tensor]], charts: dict[str, Tensor | float]) -> None:
+        """Write the means of `history` and `charts` to TensorBoard; stop the run if anything is NaN or inf."""
+        metrics = {name: torch.stack([x[name] for x in history]).mean() for name in (history or [{}])[0]} | charts
+        metrics["charts/SPS"] = step / (time.perf_counter() - self.started)
+        metrics["charts/weight_norm"] = nn.utils.get_total_norm(self.parts["agent"].parameters()).item()
+        if self.recent:
+            metrics["charts/episodic_return"], metrics["charts/episodic_length"] = np.mean(self.recent, axis=0)
+            self.bar.set_postfix_str(f"return {metrics['charts/episodic_return']:.1f}", refresh=False)
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, float(value), step)
+        self.bar.update(min(step, self.bar.total) - self.bar.n)  # the last rollout may go beyond total_timesteps
+        if bad := [name for name, value in metrics.items() if not math.isfinite(value)]:
+            self.writer.close()
+            fail(f"{self.path} diverged before step {step}: NaN or inf in {', '.join(bad[:3])}", code=3)
+
+    def finish(self, step: int, envs: gym.vector.VectorEnv) -> None:  # result.json marks a finished run
+        agent, seconds = self.parts["agent"], time.perf_counter() - self.started
+        self.checkpoint(step, last=True)  # a kill from here on costs no training
+        self.bar.close()
+        self.writer.close()
+        write_atomically(self.path / "agent.safetensors", lambda path: safetensors.torch.save_model(agent, path))
+        final_return = np.mean(self.recent, axis=0)[0] if self.recent else None
+        result = dict(final_return=final_return, **evaluate(self.args, agent, envs), steps=step, seconds=seconds)
+        peak = importlib.import_module("resource").getrusage(0).ru_maxrss if os.name == "posix" else 0
+        result |= {"sps": step / seconds, "peak_memory_mb": peak / (2**20 if sys.platform == "darwin" else 2**10)}
+        write_atomically(self.path / "result.json", lambda path: path.write_text(json.dumps(result, indent=2)))
+        (self.path / "checkpoint.pt").unlink()
+        print(f"curves: tensorboard --logdir {self.path}; video: {sys.argv[0]} --evaluate {self.path} --video")
+
+
+@torch.inference_mode()
+def evaluate(args: Args, agent: nn.Module, envs: gym.vector.VectorEnv, video=None) -> dict:
+    """Greedy episodes, one per environment, so that short ones do not count more; at most `num_envs` at a time."""
+    returns, running = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, bool)
+    for first in range(0, len(returns), args.num_envs):
+        rows = slice(first, min(first + args.num_envs, len(returns)))
+        envs, obs = start_envs(args, "eval", first, rows.stop - first, envs, render=video is not None)
+        for _ in tqdm(range(30_000), desc="evaluation", leave=False, delay=1, mininterval=1):
+            if video:
+                video.append_data(envs.envs[0].render())
+            actions = agent.act(torch.from_numpy(obs).to(args.device)).cpu().numpy()
+            obs, rewards, terminations, truncations, _ = envs.step(actions)
+            returns[rows] += np.where(running[rows], rewards, 0)
+            running[rows] &= ~(terminations | truncations)
+            if not running[rows].any():
+                break
+    result = {"eval_return_mean": returns.mean(), "eval_return_std": returns.std(), "eval_episodes": len(returns)}
+    note = f" ({running.sum()} truncated after 30,000 steps)" if running.any() else ""
+    print(f"{args.run_dir}: return {returns.mean():.1f} +- {returns.std():.1f} in {len(returns)} greedy episodes{note}")
+    return result | {"eval_truncated": int(running.sum())}
+
+
+def record_video(args: Args, agent: nn.Module, envs: gym.vector.VectorEnv) -> None:
+    path, fps = Path(args.run_dir, "videos", f"seed{args.seed}.mp4"), float(envs.metadata.get("render_fps") or 30)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with importlib.import_module("imageio").get_writer(path, fps=fps, macro_block_size=2) as video:
+            evaluate(replace(args, eval_episodes=1), agent, envs, video)
+    except (Exception, SystemExit) as error:  # the result is saved
+        print(f"warning: no video: {error!r}", file=sys.stderr)
 
 
 def main() -> None:
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
-    args = parse_args()
-    torch.set_num_threads(args.torch_threads)
+    sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))  # None if closed
+    sys.stdout.reconfigure(errors="replace")  # not every terminal can print every path
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` ends a run as Ctrl-C does
+    words = [re.sub(r"(?<![^=])\d+(\.\d)?e[3-9]$", lambda m: f"{float(m[0]):.0f}", x) for x in sys.argv[1:]]  # 1e6
+    args = tyro.cli(Args, args=words, description=__doc__.split("\n")[0])
+    if folder := args.resume or args.evaluate:  # the flags of that run become the defaults
+        needed = {Path(__file__).name, "args.json", "agent.safetensors" if args.evaluate else "episodes.csv"}
+        found = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        if needed - found or args.resume and (args.evaluate or "result.json" in found):
+            fail(f"{folder} is not the folder of {'an unfinished' if args.resume else 'a finished'} run of this script")
+        saved = json.loads(Path(folder, "args.json").read_text())["args"] | {"run_dir": folder, "resume": args.resume}
+        defaults = Args(**{name: saved[name] for name in Args.__dataclass_fields__ if name in saved})
+        args = tyro.cli(Args, args=words, default=defaults)
+        if args.resume and args != defaults:
+            fail("--resume continues a run with its own flags: remove the others")
     try:
-        if args.video:
-            check_video(args)
-        if args.evaluate:
-            evaluate_saved(args)
-        else:
+        if not args.evaluate:
             train(args)
+        if args.evaluate or args.video:
+            prepare(args)
+            envs, _ = start_envs(args, "eval", 0, 1)
+            agent = Agent(envs, args).to(args.device)
+            safetensors.torch.load_model(agent, Path(args.run_dir, "agent.safetensors"))
+            args.evaluate and evaluate(args, agent, envs)
+            args.video and record_video(args, agent, envs)
     except KeyboardInterrupt:
-        folder = Path(args.run_dir)
-        is_unfinished = (folder / "args.json").exists() and not (folder / "result.json").exists()
-        hint = f"; to go on: {UV}python {shlex.quote(sys.argv[0])} --resume {shlex.quote(args.run_dir)}"
-        print(f"\nstopped{hint if is_unfinished else ''}", file=sys.stderr)
-        raise SystemExit(130) from None
-    except OSError as error:
-        hint = f"; what was saved before is intact. To go on: --resume {shlex.quote(args.run_dir)}"
-        fail(f"{error}{'' if args.evaluate else hint}")
+        fail("interrupted" if args.evaluate else f"interrupted: continue with --resume {args.run_dir}", code=130)
+    except Exception as error:
+        if isinstance(error, MemoryError) or re.search("No space|argument.+creator|size mismatch", str(error)):
+            fail(" ".join(str(error).split()))
+        error.add_note("If the error is in your environment, gymnasium.utils.env_checker.check_env may explain it.")
+        raise
 
 
 if __name__ == "__main__":
