@@ -310,11 +310,11 @@ class Run:
             git = ["git", "-C", script.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
             commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
             versions = {package.name: package.version for package in importlib.metadata.distributions()}
-            about = {"args": asdict(args), "command": sys.argv, "commit": commit, "versions": versions}
-            about |= {"cpu": torch.cpu.get_capabilities().get("cpu_name"), "threads": torch.get_num_threads()}
-            about |= {"gpu": torch.cuda.get_device_name() if args.device == "cuda" else None, "started": time.ctime()}
-            shutil.copy(script, self.path)
-            write_atomically(self.path / "args.json", lambda path: path.write_text(json.dumps(about, indent=2)))
+            info = {"args": asdict(args) | {"run_dir": ""}, "command": sys.argv, "commit": commit, "versions": versions}
+            info |= {"cpu": torch.cpu.get_capabilities().get("cpu_name"), "threads": torch.get_num_threads()}
+            info |= {"gpu": torch.cuda.get_device_name() if args.device == "cuda" else None, "started": time.ctime()}
+            write_atomically(self.path / script.name, lambda path: shutil.copy(script, path))
+            write_atomically(self.path / "args.json", lambda path: path.write_text(json.dumps(info, indent=2)))
         elif (self.path / "checkpoint.pt").exists():
             state = torch.load(self.path / "checkpoint.pt", map_location="cpu", weights_only=True)
             for name, part in parts.items():
@@ -328,8 +328,8 @@ class Run:
         if not state["csv_size"]:
             self.episodes.write("step,seconds,return,length\n")
         self.writer = SummaryWriter(self.path, purge_step=self.start_step + 1)  # hides what a killed run logged later
-        interval = 0.5 if sys.stderr.isatty() else 60  # seconds
-        self.bar = tqdm(total=args.total_timesteps, initial=self.start_step, unit_scale=True, mininterval=interval)
+        seconds = 0.5 if sys.stderr.isatty() else 60
+        self.bar = tqdm(total=args.total_timesteps, initial=self.start_step, unit_scale=True, mininterval=seconds)
 
     def checkpoint(self, step: int, last: bool = False) -> bool:
         """Save every `checkpoint_every` steps. True then and after a resume: the environments have to restart."""
@@ -347,8 +347,7 @@ class Run:
 
     def record(self, step: int, rewards: np.ndarray, dones: np.ndarray) -> None:
         """Count one step of every environment; each episode that ended becomes a row of episodes.csv."""
-        self.returns += rewards
-        self.lengths += 1
+        self.returns, self.lengths = self.returns + rewards, self.lengths + 1
         for i in np.flatnonzero(dones):
             row = step, round(time.perf_counter() - self.started, 2), float(self.returns[i]), int(self.lengths[i])
             self.episodes.write(",".join(map(str, row)) + "\n")
@@ -367,6 +366,7 @@ class Run:
             self.writer.add_scalar(name, float(value), step)
         self.bar.update(min(step, self.bar.total) - self.bar.n)  # the last rollout may go beyond total_timesteps
         if bad := [name for name, value in metrics.items() if not math.isfinite(value)]:
+            self.bar.close()
             self.writer.close()
             fail(f"{self.path} diverged before step {step}: NaN or inf in {', '.join(bad[:3])}", code=3)
 
@@ -393,8 +393,7 @@ def evaluate(args: Args, agent: nn.Module, envs: gym.vector.VectorEnv, video=Non
         rows = slice(first, min(first + args.num_envs, len(returns)))
         envs, obs = start_envs(args, "eval", first, rows.stop - first, envs, render=video is not None)
         for _ in tqdm(range(30_000), desc="evaluation", leave=False, delay=1, mininterval=1):
-            if video:
-                video.append_data(envs.envs[0].render())
+            video and video.append_data(envs.envs[0].render())
             actions = agent.act(torch.from_numpy(obs).to(args.device)).cpu().numpy()
             obs, rewards, terminations, truncations, _ = envs.step(actions)
             returns[rows] += np.where(running[rows], rewards, 0)
@@ -424,11 +423,12 @@ def main() -> None:
     words = [re.sub(r"(?<![^=])\d+(\.\d)?e[3-9]$", lambda m: f"{float(m[0]):.0f}", x) for x in sys.argv[1:]]  # 1e6
     args = tyro.cli(Args, args=words, description=__doc__.split("\n")[0])
     if folder := args.resume or args.evaluate:  # the flags of that run become the defaults
-        needed = {Path(__file__).name, "args.json", "agent.safetensors" if args.evaluate else "episodes.csv"}
+        needed = {Path(__file__).name, "args.json", "agent.safetensors" if args.evaluate else "args.json"}
         found = set(os.listdir(folder)) if os.path.isdir(folder) else set()
         if needed - found or args.resume and (args.evaluate or "result.json" in found):
             fail(f"{folder} is not the folder of {'an unfinished' if args.resume else 'a finished'} run of this script")
         saved = json.loads(Path(folder, "args.json").read_text())["args"] | {"run_dir": folder, "resume": args.resume}
+        saved |= {"env_kwargs": {}} if args.env_kwargs else {}  # with other defaults tyro would take only their names
         defaults = Args(**{name: saved[name] for name in Args.__dataclass_fields__ if name in saved})
         args = tyro.cli(Args, args=words, default=defaults)
         if args.resume and args != defaults:
