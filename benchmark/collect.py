@@ -9,6 +9,7 @@ its row, and the rows of runs whose folders are gone are kept.
 """
 
 import csv
+import hashlib
 import io
 import json
 import math
@@ -47,7 +48,8 @@ def text(number: float, digits: int = 6) -> str:
 
 def read_run(folder: Path, entry: suites.Entry, seed: int, random: float | None) -> tuple[dict[str, str], list[str]]:
     """A finished run folder: its row and its curve."""
-    described = json.loads((folder / "args.json").read_text())
+    described, script = json.loads((folder / "args.json").read_text()), folder / f"{entry.script}.py"
+    commit = described["commit"]
     result = json.loads((folder / "result.json").read_text())
     with (folder / "episodes.csv").open(newline="") as file:
         episodes = [(int(row["step"]), float(row["return"])) for row in csv.DictReader(file)]
@@ -66,19 +68,20 @@ def read_run(folder: Path, entry: suites.Entry, seed: int, random: float | None)
         "eval_std": result["eval_return_std"],
         "eval_episodes": result["eval_episodes"],
         "minutes": text(result["seconds"] / 60, 4),
-        "sps": result["sps"],
-        "memory_mb": result["peak_memory_mb"],
-        "threads": described["args"]["torch_threads"],
-        **{name: described[name] for name in ("cpu", "cores", "gpu", "commit")},
-        "clean": {True: "yes", False: "no"}.get(described["clean"], ""),
-        "sha256": described["sha256"],
-        "code": suites.code_of(suites.SCRIPTS / f"{entry.script}.py", described["sha256"], described["commit"]),
+        "sps": text(result["sps"]),
+        "memory_mb": text(result["peak_memory_mb"]),
+        **{name: described[name] for name in ("threads", "cpu", "gpu")},
+        "cores": "",
+        "commit": commit.removesuffix("-dirty"),
+        "clean": commit and ("no" if commit.endswith("-dirty") else "yes"),
+        "sha256": hashlib.sha256(script.read_bytes()).hexdigest(),
+        "code": suites.code_hash(script.read_text()),
         "torch": described["versions"]["torch"],
         "flags": shlex.join(entry.words),
         "started": described["started"],
     }
     row = {name: "" if row[name] is None else str(row[name]) for name in COLUMNS}
-    if not math.isfinite(float(row["final_return"])):
+    if not math.isfinite(float(row["final_return"] or "nan")):
         raise ValueError("its final_return is not a number: no training episode ended")
     return row, [text(value) for value in stats.trailing_means(steps, returns, grid)]
 
@@ -105,9 +108,6 @@ def collect(suite: suites.Suite, runs: Path, results: Path, random: dict[str, fl
             except (OSError, ValueError, KeyError, TypeError) as error:
                 left_out.append(f"{folder}: {error!r}" if isinstance(error, KeyError) else f"{folder}: {error}")
                 continue
-            old = table.get(key(row), {})
-            if not row["code"] and old.get("sha256") == row["sha256"]:
-                row["code"] = old["code"]  # known while the file was still there
             table[key(row)] = row
         if new:
             write_curves(results, suite.name, entry, new)

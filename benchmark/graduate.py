@@ -80,7 +80,7 @@ def main() -> None:
         elif row["clean"] != "yes":
             print(f"not graduated: {name}: it was made from a tree with uncommitted changes, or from none")
         else:
-            wanted[name] = {key: row[key] for key in ("sha256", "started", "commit")}
+            wanted[name] = {"started": row["started"], "commit": row["commit"]}
             wanted[name]["final_return"] = float(row["final_return"])
     print(f"{len(wanted)} to graduate from {source.repo} to {target.repo}, {there} are there", flush=True)
     if args.dry_run or not wanted:

@@ -92,12 +92,9 @@ def main() -> None:
             if found:
                 print(f"differs: {suite.name}/{entry.name}, seed {row['seed']}: {'; '.join(found)}")
                 is_same = False
-            elif row["code"]:
+            else:
                 print(f"same: {suite.name}/{entry.name}, seed {row['seed']}")
                 links.add((*entry.key, row["seed"], row["code"], entry.code))
-            else:
-                print(f"same, but of unknown code: {suite.name}/{entry.name}, seed {row['seed']}")
-                is_same = False
         if links:
             collect.write_csv(suites.REPEATED, COLUMNS, sorted(links))
         if not chosen:

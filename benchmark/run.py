@@ -19,8 +19,8 @@ What becomes of a run folder that is there:
     unfinished and stale            moved aside and made anew: its second half would not be what its first half was
     being made by another runner    left to it, and looked at again when it is done there
 
-Stale means that its flags are not the entry's, or that the script's code has changed since (docstrings, comments
-and what it says when it fails may change). Nothing is ever deleted.
+Stale means that its flags are not the entry's, or that the code of the script is not that of the folder's copy
+(docstrings, comments and what it says when it fails may differ). Nothing is ever deleted.
 
 A run that fails (an exit code other than 0, no result, no sign of life) does not stop the others. Ctrl-C and SIGTERM
 stop all of them; so does the death of the runner, even by kill -9. The same command then goes on. Exit code: 0 when
@@ -74,8 +74,8 @@ class Args:
     """GPUs to spread the runs over, such as 0 1; each run sees one"""
     runs_per_gpu: int = 1
     """runs side by side on each GPU"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """--device of every run"""
+    device: Literal["cpu", "cuda"] | None = None
+    """--device of every run; by default each script's own"""
     dry_run: bool = False
     """print the commands and do nothing"""
     rerun_stale: bool = False
@@ -304,7 +304,7 @@ def plan(job: Job, args: Args) -> tuple[Path | None, list[str]]:
             return None, [sys.executable, script, "--resume", folder]
     own = {"env-id": job.entry.env, "total-timesteps": job.entry.steps, "seed": job.seed, "run-dir": folder}
     extra = {"torch-threads": args.threads, "device": args.device}  # which a script of somebody else may not have
-    own |= {name: value for name, value in extra.items() if takes(source, name.replace("-", "_"))}
+    own |= {name: value for name, value in extra.items() if value and takes(source, name.replace("-", "_"))}
     words = [word for name, value in own.items() for word in (f"--{name}", str(value))]
     aside = next(path for i in range(1, 10**6) if not (path := job.beside(f".old-{i}")).exists())
     return aside if in_the_way else None, [sys.executable, script, *words, *job.entry.words]

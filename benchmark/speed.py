@@ -93,7 +93,7 @@ class Preset:
 
 
 CARTPOLE, CHEETAH, PONG = ("CartPole-v1",), ("HalfCheetah-v5", "HalfCheetah-v4"), ("PongNoFrameskip-v4",)
-PPO = {"gamma": 0.99, "gae_lambda": 0.95, "vf_coef": 0.5, "max_grad_norm": 0.5, "norm_adv": True, "target_kl": None}
+PPO = {"gamma": 0.99, "gae_lambda": 0.95, "vf_coef": 0.5, "max_grad_norm": 0.5, "norm_adv": True}
 PPO_1 = PPO | {"num_minibatches": 4, "update_epochs": 4, "ent_coef": 0.01, "anneal_lr": True, "clip_vloss": True}
 PPO_2 = PPO | {"num_envs": 1, "num_steps": 2048, "num_minibatches": 32, "update_epochs": 10}
 PPO_2 |= {"learning_rate": 3e-4, "clip_coef": 0.2, "ent_coef": 0.0}
@@ -228,15 +228,16 @@ def record_marked(run, step, *args):
         first = step
         spent.update(dict.fromkeys(spent, 0.0))
 
-def finish(run, agent):
+def finish(run, step, envs):
     mark("rest")
-    print(json.dumps({"steps": run.step - first, "spent": spent}))
+    run.bar.close()
+    print(json.dumps({"steps": step - first, "spent": spent}))
     raise SystemExit
 
 script.start_envs, script.Run.record, script.Run.finish = start_marked_envs, record_marked, finish
 mark_calls(script, "start_envs", "rest", "rest")
 mark_calls(script.Run, "log", "update", "rest")
-mark_calls(script.Run, "save", "rest", "rest")
+mark_calls(script.Run, "checkpoint", "rest", "rest")
 for owner in (x for name, x in list(vars(script).items()) if "Replay" in name and isinstance(x, type)):
     for name in (x for x in vars(owner) if x in ("add", "sample", "batch") or x.startswith("update")):
         mark_calls(owner, name, "replay", "replay")
@@ -352,7 +353,7 @@ def measure_speed(side: Side, seed: int, steps: int) -> dict:
         output = check(side, process, folder)
         if side.name == "ours":
             about, result = (json.loads((folder / "run" / x).read_text()) for x in ("args.json", "result.json"))
-            side.about |= about | {x: about["args"][x] for x in ("env_id", "torch_threads")}
+            side.about |= about | {"env_id": about["args"]["env_id"], "torch_threads": about["threads"]}
             sps = result["sps"]
             if first := about["args"].get("learning_starts"):
                 rows = [row.split(",")[:2] for row in (folder / "run" / "episodes.csv").read_text().splitlines()[1:]]
@@ -462,11 +463,12 @@ def benchmark(args: Args, preset: Preset | None, extra: list[str]) -> None:
         measure_speed(side, 0, steps if speed else rollout)
 
     machine = sides[0].about
-    print(f"{args.script.name} on {machine['cpu']}, {machine['cores']} cores, {machine['gpu'] or 'no GPU used'}")
+    print(f"{args.script.name} on {machine['cpu']}, {os.cpu_count()} cores, {machine['gpu'] or 'no GPU used'}")
     for side in sides:
         threads = f"torch threads {side.about['torch_threads']} ({'given' if args.threads else 'its default'})"
-        versions = {k: v for k, v in side.about["versions"].items() if v and k not in ("python", "numpy", "Box2D")}
-        print(f"{side.name:8}{side.about['env_id']}, {threads}, {', '.join(f'{k} {v}' for k, v in versions.items())}")
+        names = "torch", "gymnasium", "mujoco", "ale-py", "ale_py", "stable_baselines3"
+        versions = ", ".join(f"{k} {v}" for k, v in side.about["versions"].items() if k in names)
+        print(f"{side.name:8}{side.about['env_id']}, {threads}, {versions}")
     if not speed:
         print(f"until   100 training episodes have a mean of {args.until:g}, each side at its own defaults")
     elif args.peer:

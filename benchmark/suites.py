@@ -14,7 +14,7 @@ on an environment, and its seeds are 1, 2, ..., n:
     seeds = 5                   # if not the suite's
     target = 475.0              # what the mean of final_return over the seeds has to reach
     why = "what the entry is for"
-    flags = { learning-rate = 1e-3, clip-vloss = false, target-kl = "None" }    # optional
+    flags = { learning-rate = 1e-3, clip-vloss = false, env-kwargs = { gravity = -5.0 } }       # optional
 
 What most entries have in common, `script`, `steps` and `seeds`, may stand at the top instead, once.
 
@@ -30,7 +30,6 @@ import json
 import math
 import re
 import shlex
-import subprocess
 import tomllib
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -60,7 +59,7 @@ class Entry:
     seeds: int
     target: float
     why: str
-    flags: dict  # by the names of the script's Args: {"learning_rate": 0.001, "clip_vloss": False, "target_kl": None}
+    flags: dict  # by the names of the script's Args: {"learning_rate": 0.001, "clip_vloss": False}
     tried: str = ""  # if it falls short of its target: what was done about it
 
     @property
@@ -74,7 +73,11 @@ class Entry:
         words = []
         for name, value in sorted(self.flags.items()):
             flag = name.replace("_", "-")
-            words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+            if isinstance(value, bool):
+                words.append(f"--{'' if value else 'no-'}{flag}")
+            else:
+                pairs = value.items() if isinstance(value, dict) else [[value]]
+                words += [f"--{flag}", *(str(x) for pair in pairs for x in pair)]
         return words
 
     @property
@@ -108,15 +111,15 @@ def run_folder(runs: Path, suite: str, entry: Entry, seed: int) -> Path:
 @cache
 def code_hash(source: str) -> str:
     """Of what decides a script's results: its syntax tree without docstrings, so that an edit of a text or a comment
-    changes nothing, and without what it says when it fails, which ends in no result: what `fail` is called with, and
-    each `hint` put together before. Empty fields are left out, because each Python version adds some."""
+    changes nothing, and without what `fail` is called with, which ends in no result. Empty fields are left out, because
+    each Python version adds some."""
 
     def form(node) -> str:
         if isinstance(node, list):
-            return "[" + ",".join(form(x) for x in node if not is_text(x) and not is_hint(x)) + "]"
+            return "[" + ",".join(form(x) for x in node if not is_text(x)) + "]"
         if not isinstance(node, ast.AST):
             return repr(node)
-        if isinstance(node, ast.Call) and is_name(node.func, "fail"):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "fail":
             return "fail()"
         fields = ((name, value) for name, value in ast.iter_fields(node) if value is not None and value != [])
         return type(node).__name__ + "(" + ",".join(f"{name}={form(value)}" for name, value in fields) + ")"
@@ -124,23 +127,7 @@ def code_hash(source: str) -> str:
     def is_text(node) -> bool:
         return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
-    def is_hint(node) -> bool:
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        return isinstance(node, ast.Assign | ast.AugAssign) and all(is_name(target, "hint") for target in targets)
-
-    def is_name(node, name: str) -> bool:
-        return isinstance(node, ast.Name) and node.id == name
-
     return hashlib.sha256(form(ast.parse(source)).encode()).hexdigest()[:16]
-
-
-def code_of(script: Path, sha256: str, commit: str | None) -> str:
-    """The code hash of the script that a run was made with: of the file as it is now, or in that commit; else empty."""
-    source = script.read_bytes() if script.exists() else b""
-    if commit and hashlib.sha256(source).hexdigest() != sha256:
-        show = ["git", "-C", script.parent, "show", f"{commit}:./{script.name}"]
-        source = subprocess.run(show, capture_output=True, check=False).stdout
-    return code_hash(source.decode()) if hashlib.sha256(source).hexdigest() == sha256 else ""
 
 
 def same_runs(entry: Entry, a: str, b: str) -> bool:
@@ -156,11 +143,13 @@ def same_runs(entry: Entry, a: str, b: str) -> bool:
 
 def why_stale(folder: Path, entry: Entry, seed: int, scripts: Path = SCRIPTS) -> str | None:
     """What sets a run folder apart from the run that the entry asks for now, or None."""
+    script = f"{entry.script}.py"
     try:
         described = json.loads((folder / "args.json").read_text())
-        had, command, sha256 = dict(described["args"]), shlex.split(described["command"]), described["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"its args.json cannot be read: {error!r}"
+        had, command = dict(described["args"]), list(described["command"])
+        code, now = code_hash((folder / script).read_text()), code_hash((scripts / script).read_text())
+    except (OSError, ValueError, KeyError, TypeError, SyntaxError) as error:
+        return f"its args.json or its copy of the script cannot be read: {error!r}"
     wanted = {"env_id": entry.env, "total_timesteps": entry.steps, "seed": seed} | entry.flags
     for name, value in wanted.items():
         if had.get(name) != value:
@@ -170,11 +159,9 @@ def why_stale(folder: Path, entry: Entry, seed: int, scripts: Path = SCRIPTS) ->
         name = name if name in had else name.removeprefix("no_")
         if word.startswith("--") and name not in wanted.keys() | OWN:
             return f"{word} was given and is not now"
-    script = scripts / f"{entry.script}.py"
-    code, now = code_of(script, sha256, described.get("commit")), code_hash(script.read_text())
     is_finished = (folder / "result.json").exists()  # another is not to be gone on with by another script
     if code != now and not (is_finished and same_runs(entry, code, now)):
-        return f"{entry.script}.py has changed"
+        return f"{script} has changed"
     return None
 
 
@@ -198,7 +185,7 @@ def takes(source: str, flag: str) -> bool:
 
 def as_field(value, annotation: str):
     """A flag's value as the script's Args will hold it; a ValueError says which values the annotation takes."""
-    kinds = [kind.strip() for kind in annotation.split("|")]
+    kinds = ["dict"] if annotation.startswith("dict[") else [kind.strip() for kind in annotation.split("|")]
     if value == "None" and "None" in kinds:
         return None
     for kind in kinds:

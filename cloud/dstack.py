@@ -316,14 +316,14 @@ class Dstack:
         folder = Path(given.get("--resume") or given["--run-dir"]).resolve()
         if "--resume" in given:  # the job finds out by itself whether there is something to resume
             try:
-                words = shlex.split(json.loads((folder / "args.json").read_text())["command"])[1:]
+                words = list(json.loads((folder / "args.json").read_text())["command"])[1:]
             except (OSError, ValueError, KeyError, TypeError):
                 raise CloudError(f"{folder / 'args.json'} does not tell the command to go on with in the cloud")
         return ["python", script.relative_to(ROOT).as_posix(), *flags_in(words)], folder
 
     def is_of(self, handle: Handle, run: Remote) -> bool:
         """Whether what the Hub has was made by the handle's command, not by an earlier one for a run of this name."""
-        return "args.json" in run.files and is_same(hf.read_json(self.hub, run, "args.json"), handle.command)
+        return is_same(run.files, lambda path: hf.read(self.hub, run, path), handle.command)
 
     def is_made(self, handle: Handle) -> bool:
         """Whether the Hub has the result, which is then pulled. If it has nothing, it gets what was begun here."""

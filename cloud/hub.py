@@ -24,9 +24,9 @@ Results graduate from the development repository to the public one by benchmark/
 records the public address and the hash of SHA256SUMS of each run in benchmark/results/hub.csv; `verify` checks that
 what the addresses give still has these hashes.
 
-Nothing that is pulled is run or unpickled: files of other kinds than a run folder's are not taken, and checkpoint.pt is
-for the scripts, which load it with weights_only=True. When a push fails, the folder is as it was: push it again. What
-was uploaded before counts.
+Nothing that is pulled is run or unpickled: files of other kinds than a run folder's are not taken, the copy of the
+script is there to be read, and checkpoint.pt is for the scripts, which load it with weights_only=True. When a push
+fails, the folder is as it was: push it again. What was uploaded before counts.
 """
 
 import csv
@@ -69,7 +69,8 @@ MADE = SUMS, CARD, CURVE = "SHA256SUMS", "README.md", "curve.png"  # what a push
 NAME = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*(?<![./-])", re.ASCII)
 RULE = "cannot be a run's name: letters, digits, _ . and single - in parts with / between them"
 KINDS = r"[\w-][\w.-]*\.(json|csv|pt|safetensors|mp4|png)|events\.out\.tfevents\.[\w.-]+"
-DATA = re.compile(rf"([\w-][\w.-]*/)*({KINDS})", re.ASCII)
+SCRIPT = r"[\w-][\w.-]*\.py"  # a copy of what made the run
+DATA = re.compile(rf"([\w-][\w.-]*/)*({KINDS})|{SCRIPT}", re.ASCII)
 ASIDE = re.compile(r"\.(old-\d+|push|pull)(/|$)")  # folders that are not runs any more, or not yet
 SILENCE = 300.0  # seconds after which a Hub that does not answer is one that cannot be reached
 ERRORS = (httpx2.HTTPError, OSError, ValueError, RuntimeError)  # what a Hub that is not well, or hf_xet, may raise
@@ -314,7 +315,7 @@ def card(name: str, repo: str, files: dict[str, Path]) -> str:
     """README.md of a run: what it is, the command, scores, curve, film, versions, how to load it."""
     described = json.loads(files["args.json"].read_text())
     result = json.loads(files["result.json"].read_text()) if "result.json" in files else {}
-    args, script = described.get("args", {}), str(described.get("script", "?"))
+    args, script = described.get("args", {}), next((path for path in files if path.endswith(".py")), "?")
     algo, env, seed = script.removesuffix(".py"), str(args.get("env_id", "?")), args.get("seed")
     about = {"library_name": "folio", "license": "mit", "tags": ["reinforcement-learning", algo, env]}
     if result.get("eval_return_mean") is not None:
@@ -329,12 +330,11 @@ def card(name: str, repo: str, files: dict[str, Path]) -> str:
         rows.append((f"evaluation, greedy, {result.get('eval_episodes')} episodes", spread))
         rows.append(("environment steps", result.get("steps")))
         rows.append(("seconds of training; steps a second", f"{result.get('seconds')}; {result.get('sps')}"))
-    commit = described.get("commit")
-    state = {True: "", False: ", with uncommitted changes", None: ""}[described.get("clean")]
-    rows.append(("commit", f"`{commit}`{state}" if commit else "unknown"))
-    rows.append((f"sha256 of {script}", f"`{described.get('sha256')}`"))
+    commit, versions = described.get("commit") or "unknown", described.get("versions") or {}
+    rows.append(("commit", commit.replace("-dirty", ", with uncommitted changes")))
+    rows.append(("script", f"[{script}]({script})"))
     rows += [(key, described.get(key)) for key in ("cpu", "gpu", "started")]
-    rows += [(key, value) for key, value in (described.get("versions") or {}).items()]
+    rows += [(key, versions.get(key)) for key in ("torch", "gymnasium", "mujoco", "ale-py", "numpy")]
     table = "\n".join(f"| {key} | {value} |" for key, value in rows if value is not None)
     films = [f"[film: {path}]({path})" for path in files if path.endswith(".mp4")]
     unfinished = "" if result else "\nThis run is not finished: below is its state at a checkpoint.\n"
@@ -358,7 +358,7 @@ An agent trained by `algos/{script}` of Folio, deep reinforcement learning in on
 ## The command
 
 ```sh
-python {described.get("command", "?")}
+python {shlex.join(described.get("command", "?"))}
 ```
 
 ## Load it
@@ -386,9 +386,9 @@ def download(hub: Hub, run: Remote, path: str, into: Path) -> Path:
     return Path(hub.api.hf_hub_download(hub.repo, f"{run.name}/{path}", revision=run.revision, local_dir=into))
 
 
-def read_json(hub: Hub, run: Remote, path: str) -> dict:
+def read(hub: Hub, run: Remote, path: str) -> str:
     with tempfile.TemporaryDirectory() as aside:
-        return json.loads(download(hub, run, path, Path(aside)).read_text())
+        return download(hub, run, path, Path(aside)).read_text()
 
 
 def fetch(hub: Hub, run: Remote, folder: Path, without: tuple[str, ...] = ()) -> str:
@@ -413,10 +413,10 @@ def fetch(hub: Hub, run: Remote, folder: Path, without: tuple[str, ...] = ()) ->
 
 
 def glance(hub: Hub, run: Remote, folder: Path) -> None:
-    """What is needed to see how an unfinished run gets on: args.json and episodes.csv."""
+    """What is needed to see how an unfinished run gets on: args.json, the script and episodes.csv."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as aside:
-        for path in run.files.keys() & {"args.json", "episodes.csv"}:
+        for path in (path for path in run.files if re.fullmatch(rf"args\.json|episodes\.csv|{SCRIPT}", path)):
             download(hub, run, path, Path(aside)).replace(folder / path)
 
 
@@ -472,7 +472,7 @@ def graduate(
                 content = json.loads((folder / "args.json").read_text()) | json.loads(
                     (folder / "result.json").read_text()
                 )
-                if not content["commit"] or content["clean"] is not True:
+                if not content["commit"] or content["commit"].endswith("-dirty"):
                     raise ValueError(f"{name} was not made from a clean commit")
                 for key, value in expected.items():
                     if content.get(key) != value:

@@ -38,6 +38,7 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -120,7 +121,7 @@ def head_if_ours(hub: Hub, name: str) -> str | None:
     """The head of the run's branch, whose claim is this job's; None if nobody has the run, because the branch was
     removed. Raises Taken if another job has it, or has finished it."""
     running, finished = hf.find(hub, name)
-    if running and CLAIM in running.files and hf.read_json(hub, running, CLAIM).get("job") == JOB["job"]:
+    if running and CLAIM in running.files and json.loads(hf.read(hub, running, CLAIM)).get("job") == JOB["job"]:
         return running.revision
     if running or finished and finished.finished:
         raise Taken
@@ -139,7 +140,7 @@ def claim(hub: Hub, name: str, command: list[str] | None) -> tuple[Remote | None
     """
 
     def counts(run: Remote) -> bool:
-        return command is None or is_same(hf.read_json(hub, run, "args.json"), command)
+        return command is None or is_same(run.files, lambda path: hf.read(hub, run, path), command)
 
     while True:
         running, finished = hf.find(hub, name)
@@ -210,11 +211,17 @@ def flags_in(words: list[str]) -> list[str]:
     return kept
 
 
-def is_same(described: dict, command: list[str]) -> bool:
-    """Whether an args.json is that of a run by this command, and by this version of its script."""
-    at, words = script_of(command), shlex.split(str(described.get("command", "")))[1:]
-    flags = flags_in(command[at + 1 :])
-    return described.get("sha256") == hf.sha256(Path(command[at])) and flags_in(words) == flags
+def is_same(files: Iterable[str], read: Callable[[str], str], command: list[str]) -> bool:
+    """Whether a run folder with these files, which `read` reads, is of this command and this version of its script."""
+    at, script = script_of(command), Path(command[script_of(command)])
+    if not {"args.json", script.name} <= set(files) or read(script.name) != script.read_text():
+        return False
+    return flags_in(json.loads(read("args.json")).get("command", [])[1:]) == flags_in(command[at + 1 :])
+
+
+def is_here(folder: Path, command: list[str]) -> bool:
+    files = os.listdir(folder) if folder.is_dir() else []
+    return is_same(files, lambda path: (folder / path).read_text(), command)
 
 
 def prepare(hub: Hub, args: Args, command: list[str]) -> tuple[list[Run], list[str] | None]:
@@ -241,15 +248,14 @@ def prepare(hub: Hub, args: Args, command: list[str]) -> tuple[list[Run], list[s
             return [], None
         tell(f"pulled {run.name}: {run.progress() or 'no episode yet'}")
         return [run], [*command[: at + 1], "--resume", str(run.folder)]
-    if (run.folder / "args.json").exists() and is_same(json.loads((run.folder / "args.json").read_text()), command):
+    if is_here(run.folder, command):
         return [run], [*command[: at + 1], "--resume", str(run.folder)]  # it died before it could push
     hf.move_aside(run.folder)
     return [run], [*command[: at + 1], *flags_in(command[at + 1 :]), "--run-dir", str(run.folder)]
 
 
 def start(command: list[str]) -> subprocess.Popen:
-    """The command, which ends with this process, whatever ends it. Its output is passed on, but not as a terminal's:
-    a log has no use for progress bars."""
+    """The command, which ends with this process, whatever ends it. Its output is passed on, but not as a terminal's."""
     parent = os.getpid()
 
     def die_with_the_job():
@@ -270,8 +276,8 @@ def start(command: list[str]) -> subprocess.Popen:
 
 
 def pass_on(process: subprocess.Popen) -> None:
-    for line in process.stdout:
-        sys.stdout.buffer.write(line)
+    while text := process.stdout.read1():  # not by lines: a progress bar ends none
+        sys.stdout.buffer.write(text.replace(b"\r", b"\n"))
         sys.stdout.flush()
 
 

@@ -29,7 +29,7 @@ SHIPPED = sorted(path.stem for path in suites.SUITES.glob("*.toml"))
 FAKE = """
 from __future__ import annotations
 
-import hashlib, json, os, shlex, signal, sys, time
+import hashlib, json, os, shutil, signal, sys, time
 from pathlib import Path
 
 
@@ -41,9 +41,10 @@ class Args:
     size: int | None = 3
     clip_loss: float = 1.0
     kind: Literal["plain", "fancy"] = "plain"
-    resume: str | None = None
+    env_kwargs: dict[str, bool | int | float | str] = {}
+    resume: str = ""
     torch_threads: int = 1
-    device: str = "auto"
+    device: str = "cpu"
 
 
 given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
@@ -67,8 +68,8 @@ if "--resume" not in given:
     args = {"env_id": given["--env-id"], "seed": int(given["--seed"])}
     args |= {"total_timesteps": int(given["--total-timesteps"])}
     args |= {"mode": given.get("--mode", "ok"), "pace": float(given.get("--pace", 0)), "on": True, "size": 3}
-    described = {"args": args, "command": shlex.join(sys.argv), "script": "fake.py"}
-    write("args.json", described | {"sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()})
+    shutil.copy(__file__, folder)
+    write("args.json", {"args": args, "command": sys.argv})
     journal("begin", os.environ.get("OMP_NUM_THREADS"), os.environ.get("CUDA_VISIBLE_DEVICES"))
 else:
     journal("resume")
@@ -211,11 +212,13 @@ def test_targets_are_not_below_slm_lab_at_the_same_budget():
 
 
 def test_an_entry_is_read(house):
-    flags = {"pace": 1, "on": False, "size": "None", "kind": "fancy"}
+    flags = {"pace": 1, "on": False, "size": "None", "kind": "fancy", "env-kwargs": {"gravity": -5.0, "on": True}}
     path = house.suite({"flags": flags, "seeds": 5}, {"env": "ALE/B-v5"}, seeds=3, script="other", steps=7)
     first, second = suites.load(path, house.script.parent).entries
-    assert first.flags == {"pace": 1.0, "on": False, "size": None, "kind": "fancy"}
-    assert first.words == ["--kind", "fancy", "--no-on", "--pace", "1.0", "--size", "None"]
+    kwargs = {"env_kwargs": {"gravity": -5.0, "on": True}}
+    assert first.flags == {"pace": 1.0, "on": False, "size": None, "kind": "fancy"} | kwargs
+    words = "--env-kwargs gravity -5.0 on True --kind fancy --no-on --pace 1.0 --size None"
+    assert first.words == words.split()
     assert (first.seeds, second.seeds, first.target) == (5, 3, 1.0)
     assert suites.run_folder(Path("runs"), "s", second, 3) == Path("runs/s/ALE-B-v5__fake__3")
 
@@ -244,6 +247,7 @@ MISTAKES = {
     "a fraction for a whole": ({"flags": {"size": 1.5}}, "size takes int | None"),
     "no such choice": ({"flags": {"kind": "odd"}}, "kind takes Literal"),
     "None for a number": ({"flags": {"pace": "None"}}, "pace takes float"),
+    "a number for a table": ({"flags": {"env-kwargs": 1}}, "env-kwargs takes dict"),
     "no steps": ({"steps": 0}, "steps is 0"),
     "half a step": ({"steps": 0.5}, "steps is 0.5"),
     "true steps": ({"steps": True}, "steps is True"),
@@ -373,18 +377,19 @@ def test_dry_run_prints_what_it_would_do_and_does_nothing(house):
         shutil.copytree(house.runs / "B-v1__fake__1", folder)
         described = json.loads((folder / "args.json").read_text())
         described["args"] |= {"env_id": env, "seed": seed, "pace": 0.001}
-        described["command"] += " --pace 0.001"
+        described["command"] += ["--pace", "0.001"]
         (folder / "args.json").write_text(json.dumps(described))
         (folder / "result.json").unlink()
         (folder / "checkpoint.json").unlink()
     before = house.files()
+    assert "--torch-threads 1 --device cuda --pace 0.001" in house.run("--dry-run", "--device", "cuda").out
     done = house.run("--dry-run")
     assert done.code == 0 and house.files() == before
     lines = done.out.splitlines()
     assert len([line for line in lines if not line.startswith(("#", "mv"))]) == 3
     assert "--resume runs/s/A-v1__fake__1" in lines[0] and "OMP_NUM_THREADS=1" in lines[0]
     assert "--env-id A-v1 --total-timesteps 10 --seed 2 --run-dir runs/s/A-v1__fake__2 --torch-threads 1" in lines[1]
-    assert lines[1].endswith("--device auto --pace 0.001")
+    assert lines[1].endswith("--torch-threads 1 --pace 0.001")
     assert lines[2] == "mv runs/s/B-v1__fake__2 runs/s/B-v1__fake__2.old-1"
     assert lines[-1] == "# 3 to make, 1 done"
     subprocess.run(["sh", "-e"], input=done.out, cwd=house.path, text=True, check=True)  # copied into a shell, it works
@@ -441,7 +446,7 @@ def test_an_unfinished_run_of_another_script_is_not_mixed_with_this_one(house):
     house.wait(process, 1, "begin")
     kill(process)
     house.let_go()
-    house.script.write_text(FAKE + "\n# changed\n")
+    house.script.write_text(FAKE + "\nchanged = 1\n")
     assert house.run().code == 0
     assert not house.journal("resume") and len(house.journal("begin")) == 2
     assert (house.runs / "A-v1__fake__1.old-1" / "args.json").exists() and len(house.results()) == 1
@@ -465,11 +470,18 @@ def test_what_makes_a_run_stale(house):
     assert "--on was True and is False now" in reason(with_flags(on=False))
     assert "--missing" in reason(with_flags(missing=1))
     own = "fake.py --env-id A-v1 --run-dir elsewhere --torch-threads 7 --device cuda --seed 1 --total-timesteps 10"
-    assert reason(command=own) is None
+    assert reason(command=own.split()) is None
     for flag in ("--pace 0.0", "--pace=0.0", "--no-on", "--on"):  # the entry has it no more
-        assert flag.split("=")[0].split()[0] in reason(command=f"{own} {flag}")
-        assert reason(with_flags(**({"on": True} if "on" in flag else {"pace": 0.0})), command=f"{own} {flag}") is None
-    assert reason(sha256="0") == "fake.py has changed"
+        assert flag.split("=")[0].split()[0] in reason(command=f"{own} {flag}".split())
+        flags = {"on": True} if "on" in flag else {"pace": 0.0}
+        assert reason(with_flags(**flags), command=f"{own} {flag}".split()) is None
+    house.script.write_text(FAKE + "\n# a remark\n")
+    assert reason() is None
+    (folder / "fake.py").write_text(FAKE.replace("step in range", "step in 2 * range"))
+    assert reason() == "fake.py has changed"
+    for damaged in ("def broken(:", None):
+        (folder / "fake.py").unlink() if damaged is None else (folder / "fake.py").write_text(damaged)
+        assert "copy of the script cannot be read" in reason()
     (folder / "args.json").write_text("{")
     assert "args.json" in suites.why_stale(folder, entry, 1, scripts)
 

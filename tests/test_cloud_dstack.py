@@ -306,9 +306,9 @@ def test_a_suite_is_made_in_the_cloud_and_nothing_twice(rented):
     assert len(rented.machines()) == 2  # the jobs outlived their runner, and the next one found them
     folders = [rented.path / "runs" / "s" / f"CartPole-v1__ppo__{seed}" for seed in (1, 2)]
     args = [json.loads((folder / "args.json").read_text()) for folder in folders]
-    assert [x["args"]["seed"] for x in args] == [1, 2] and all(x["commit"] == describe(ROOT)[:40] for x in args)
+    assert [x["args"]["seed"] for x in args] == [1, 2] and all(x["commit"] == describe(ROOT) for x in args)
     assert sorted(x.name for x in (rented.path / "runs/s").iterdir() if x.is_dir()) == [x.name for x in folders]
-    assert "training return" in folders[0].with_name(folders[0].name + ".log").read_text()
+    assert "greedy episodes" in folders[0].with_name(folders[0].name + ".log").read_text()
     assert rented.hub.branches(DEV) == {"main"}
     again = finish(rented.start("--backend", "dstack"))
     assert again.code == 0 and len(rented.machines()) == 2
@@ -332,9 +332,8 @@ def test_a_failure_and_a_stop_in_the_cloud_look_as_they_do_at_home(rented):
     until(lambda: episodes.exists() and len(episodes.read_text().splitlines()) > 10, "episodes of a run that goes on")
     process.send_signal(signal.SIGINT)
     done = finish(process)
-    assert done.code == 130 and "CartPol-v1__ppo__1  exit code 2" in done.out and "Near it: CartPole-v1" in done.out, (
-        done
-    )
+    assert done.code == 130 and "CartPol-v1__ppo__1  exit code 2" in done.out, done
+    assert "error: cannot make CartPol-v1" in done.out
     branch = "run-s--CartPole-v1__ppo__1"
     until(lambda: all((machine / "code").exists() for machine in rented.machines()), "the machines' end")
     assert rented.hub.branches(DEV) == {"main", branch}  # the state is there to go on from

@@ -53,7 +53,7 @@ def call(monkeypatch, capfd):
 def test_from_a_run_to_a_link_that_can_be_verified(house, call):
     for seed in (1, 2):
         make_run(house, seed=seed)
-    make_run(house, seed=3, clean=False)
+    make_run(house, seed=3, commit="0123456-dirty")
     make_run(house, entry=2, seed=1)
     assert call(report, *house.words).code == 0
     assert "Run folders of" not in page(house)
@@ -79,7 +79,7 @@ def test_from_a_run_to_a_link_that_can_be_verified(house, call):
     again = call(graduate, *run)
     assert again.code == 0 and "0 to graduate" in again.out and "3 are there" in again.out
 
-    make_run(house, seed=2, final=499.0, started="2026-02-02T00:00:00+00:00")  # made anew: the old link is not its own
+    make_run(house, seed=2, final=499.0, started="Mon Feb  2 00:00:00 2026")  # made anew: the old link is not its own
     assert call(report, *house.words).code == 0
     assert f"[1]({url}1)" in page(house) and f"({url}2)" not in page(house)
     assert call(graduate, *run).code == 1  # the development repository has the old one still

@@ -26,18 +26,20 @@ def write_run(folder: Path, seed: int = 1, finished: bool = True, **described) -
     """A small run folder with every kind of file."""
     (folder / "videos").mkdir(parents=True)
     args = {"env_id": "A-v1", "seed": seed, "total_timesteps": 10, "run_dir": str(folder)}
-    told = {"args": args, "command": f"algos/fake.py --seed {seed}", "script": "fake.py", "sha256": "5e" * 32}
-    told |= {"commit": "c0" * 20, "clean": True, "versions": {"torch": "2"}, "cpu": "a CPU", "gpu": None}
-    told |= {"started": f"2026-11-20T00:00:0{seed}+00:00"}
+    told = {"args": args, "command": ["algos/fake.py", "--seed", str(seed)], "commit": "c0" * 20}
+    told |= {"versions": {"torch": "2", "pip": "3"}, "cpu": "a CPU", "threads": 1, "gpu": None}
+    told |= {"started": f"Fri Nov 20 00:00:0{seed} 2026"}
+    (folder / "fake.py").write_text("print('a script')\n")
     (folder / "args.json").write_text(json.dumps(told | described))
     rows = [f"{i},{i / 10},{float(i * seed)},5\n" for i in range(1, 301)]
     (folder / "episodes.csv").write_text("step,seconds,return,length\n" + "".join(rows))
     (folder / "events.out.tfevents.1.host.2").write_bytes(bytes(range(256)) * 9)
     (folder / "checkpoint.pt").write_bytes(os.urandom(5000))
     (folder / "checkpoint.pt.tmp").write_bytes(b"half")
+    (folder / ".lock").touch()
     if finished:
         (folder / "agent.safetensors").write_bytes(os.urandom(3000))
-        (folder / "videos" / "evaluation-1.mp4").write_bytes(os.urandom(4000))
+        (folder / "videos" / "seed1.mp4").write_bytes(os.urandom(4000))
         result = {"final_return": 12.5, "eval_return_mean": 11.0, "eval_return_std": 2.0, "eval_episodes": 5}
         (folder / "result.json").write_text(json.dumps(result | {"steps": 10, "seconds": 3.0, "sps": 3.3}))
     return folder
@@ -49,7 +51,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def pushed(folder: Path) -> dict[str, bytes]:
     """What of a folder goes to the Hub."""
-    left_out = {"checkpoint.pt.tmp"} | ({"checkpoint.pt"} if (folder / "result.json").exists() else set())
+    left_out = {"checkpoint.pt.tmp", ".lock"} | ({"checkpoint.pt"} if (folder / "result.json").exists() else set())
     return {path: data for path, data in content(folder).items() if path not in left_out}
 
 
@@ -197,7 +199,7 @@ def test_the_card_says_what_is_there(house):
     assert (score.metric_value, score.dataset_name, data.model_name, data.license) == (11.0, "A-v1", "fake", "mit")
     assert {"reinforcement-learning", "A-v1", "fake"} <= set(data.tags)
     for part in (
-        *("# fake on A-v1, seed 1", "12.5", "11.0 ± 2.0", "![Learning curve](curve.png)", "(videos/evaluation-1.mp4)"),
+        *("# fake on A-v1, seed 1", "12.5", "11.0 ± 2.0", "![Learning curve](curve.png)", "(videos/seed1.mp4)"),
         *(
             "python algos/fake.py --seed 1",
             "| torch | 2 |",
@@ -209,8 +211,9 @@ def test_the_card_says_what_is_there(house):
         assert part in text
     assert "uncommitted" not in text and "not finished" not in text
     assert house.there("s/A-v1__fake__1")["curve.png"].startswith(b"\x89PNG")
-    house("push", write_run(house.runs / "x", clean=False))
-    assert "with uncommitted changes" in house.there("x")["README.md"].decode()
+    assert "[fake.py](fake.py)" in text and "| pip |" not in text
+    house("push", write_run(house.runs / "x", commit="c0-dirty"))
+    assert "| c0, with uncommitted changes |" in house.there("x")["README.md"].decode()
 
 
 def test_pull_takes_what_fits_and_touches_nothing_that_is_there(house):
@@ -413,7 +416,7 @@ def put(house, repo: str, files: dict[str, bytes], branch: str = "main") -> None
 
 def test_only_data_is_taken_and_only_into_its_place(house):
     house("push", write_run(house.runs / "r"))
-    evil = {"r/sitecustomize.py": b"boom", "r/../../out.json": b"{}", "r/.hidden.json": b"{}", "r/x/run.sh": b"boom"}
+    evil = {"r/x/fake.py": b"boom", "r/../../out.json": b"{}", "r/.hidden.json": b"{}", "r/x/run.sh": b"boom"}
     put(house, DEV, evil)
     assert house("pull", "r", runs="back").code == 0
     names = set(content(house.path / "back" / "r"))
@@ -483,10 +486,10 @@ def test_push_all_makes_the_repository_only_when_it_may_and_leaves_bad_names_out
 def test_graduates_are_what_was_asked_for(house):
     for seed in (1, 2):
         house("push", write_run(house.runs / "s" / f"A-v1__fake__{seed}", seed))
-    house("push", write_run(house.runs / "s" / "dirty", clean=False))
-    house("push", write_run(house.runs / "s" / "unknown", commit=None, clean=None))
+    house("push", write_run(house.runs / "s" / "dirty", commit="c0-dirty"))
+    house("push", write_run(house.runs / "s" / "unknown", commit=""))
     house("push", write_run(house.runs / "s" / "half", finished=False))
-    wanted = {f"s/A-v1__fake__{seed}": {"final_return": 12.5, "sha256": "5e" * 32} for seed in (1, 2)}
+    wanted = {f"s/A-v1__fake__{seed}": {"final_return": 12.5, "commit": "c0" * 20} for seed in (1, 2)}
     others = {"s/dirty": {}, "s/unknown": {}, "s/half": {}, "s/missing": {}}
     records, lines = hf.graduate(house.api(), house.api(PUBLIC), wanted | others, lambda names: f"# {len(names)}\n")
     assert set(records) == set(wanted) and len(lines) == 4

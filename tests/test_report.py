@@ -48,6 +48,7 @@ target = 475
 why = "it is there"
 """
 FLAGS = "--clip-vloss --learning-rate 0.001"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture
@@ -83,21 +84,18 @@ def make_run(house, entry: int = 0, seed: int = 1, final: float = 450.0, **chang
     entry = house.suite.entries[entry]
     folder = house.runs / "toys" / f"{entry.name}__{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    script = ROOT / "algos" / f"{entry.script}.py"
-    own = {"env_id": entry.env, "seed": seed, "total_timesteps": entry.steps, "torch_threads": 1}
+    own = {"env_id": entry.env, "seed": seed, "total_timesteps": entry.steps}
     described = {
         "args": own | entry.flags | changes.pop("args", {}),
-        "command": f"algos/{entry.script}.py --seed {seed}",
-        "script": script.name,
-        "sha256": hashlib.sha256(script.read_bytes()).hexdigest(),
-        "commit": "0123456789abcdef0123456789abcdef01234567",
-        "clean": True,
+        "command": [f"algos/{entry.script}.py", "--seed", str(seed)],
+        "commit": COMMIT,
         "versions": {"torch": "2.13.0"},
         "cpu": "Some CPU",
-        "cores": 4,
+        "threads": 1,
         "gpu": None,
-        "started": f"2026-01-01T00:00:0{seed}+00:00",
+        "started": f"Thu Jan  1 00:00:0{seed} 2026",
     }
+    shutil.copy(ROOT / "algos" / f"{entry.script}.py", folder)
     result = {
         "final_return": final,
         "eval_return_mean": final + 1,
@@ -160,20 +158,18 @@ def test_code_hash_sees_code(old, new):
 FAILING = """
 def check(x):
     if x > 1:
-        hint = "less"
-        hint += " please"
-        fail(f"{x} is too much; {hint}", code=3)
+        fail(f"{x} is too much", code=3)
     print("x is 1", file=sys.stderr)
 """
 
 
-@pytest.mark.parametrize("old, new", [("too much", "more than 1"), (" please", "!"), ("less", "1"), (", code=3", "")])
+@pytest.mark.parametrize("old, new", [("too much", "more than 1"), (", code=3", "")])
 def test_code_hash_does_not_see_why_a_run_failed(old, new):
     """A run that ended so has no result that could have been another."""
     assert suites.code_hash(FAILING.replace(old, new)) == suites.code_hash(FAILING) and old in FAILING
 
 
-@pytest.mark.parametrize("old, new", [("x > 1", "x > 2"), ("fail(", "print("), ("is 1", "is 2"), ("hint =", "x =")])
+@pytest.mark.parametrize("old, new", [("x > 1", "x > 2"), ("fail(", "print("), ("is 1", "is 2")])
 def test_code_hash_sees_when_a_run_fails(old, new):
     assert suites.code_hash(FAILING.replace(old, new)) != suites.code_hash(FAILING) and old in FAILING
 
@@ -181,37 +177,6 @@ def test_code_hash_sees_when_a_run_fails(old, new):
 def test_code_hash_is_the_same_in_every_python():
     """A changed value here means that every row of the results would be called changed."""
     assert suites.code_hash(CODE) == "6549e4a2e03feecf"
-
-
-def test_code_of_a_run_is_found_in_the_file_or_in_its_commit(tmp_path):
-    def git(*words):
-        identity = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
-        done = subprocess.run(["git", "-C", tmp_path, *identity, *words], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    script = tmp_path / "algos" / "x.py"
-    script.parent.mkdir()
-    git("init", "-q")
-    hashes = {}
-    for text in ("x = 1\n", "x = 2\n", "x = 3\n"):
-        script.write_text(text)
-        if text != "x = 3\n":
-            git("add", ".")
-            git("commit", "-qm", "a")
-        hashes[text] = hashlib.sha256(text.encode()).hexdigest()
-    first = git("rev-parse", "HEAD~1")
-    assert suites.code_of(script, hashes["x = 3\n"], first) == suites.code_hash("x = 3")
-    assert suites.code_of(script, hashes["x = 1\n"], first) == suites.code_hash("x = 1")
-    assert suites.code_of(script, hashes["x = 2\n"], first) == ""  # neither the file nor what that commit has
-    assert suites.code_of(script, hashes["x = 1\n"], None) == ""
-    entry = suites.Entry("x", "A-v1", 10, 1, 0.0, "", {})
-    described = {"args": {"env_id": "A-v1", "total_timesteps": 10, "seed": 1}, "command": "algos/x.py"}
-    (tmp_path / "args.json").write_text(json.dumps(described | {"sha256": hashes["x = 1\n"], "commit": first}))
-    for text, reason in (('"""A text."""\nx = 1  # and a remark\n', None), ("x = 3\n", "x.py has changed")):
-        script.write_text(text)
-        assert suites.why_stale(tmp_path, entry, 1, script.parent) == reason
-    script.unlink()
-    assert suites.code_of(script, hashes["x = 1\n"], first) == suites.code_hash("x = 1")
 
 
 # ----------------------------------------------------------------------------------------------------------- collecting
@@ -232,7 +197,8 @@ def test_a_run_becomes_a_row(house, call):
         "yes",
         "2.13.0",
     )
-    assert row["flags"] == FLAGS
+    assert (row["flags"], row["commit"], row["cores"]) == (FLAGS, COMMIT, "")
+    assert row["sha256"] == hashlib.sha256((ROOT / "algos" / "ppo.py").read_bytes()).hexdigest()
     assert row["code"] == suites.code_hash((ROOT / "algos" / "ppo.py").read_text())
     # 200 checkpoints, 500 steps or 5 episodes apart. Returns of 450 begin after checkpoint 100, so the 101st has a
     # trailing mean of 5 / 100 * 450, and from the 120th on it is 450.
@@ -327,20 +293,18 @@ def test_damaged_runs_are_named_and_left_out(house, call, file, content):
 
 def test_a_run_without_a_finished_episode_is_left_out(house, call):
     path = make_run(house) / "result.json"
-    path.write_text(path.read_text().replace('"final_return": 450.0', '"final_return": NaN'))
+    path.write_text(path.read_text().replace('"final_return": 450.0', '"final_return": null'))
     assert "no training episode ended" in call(report, *house.words).err and rows(house) == []
 
 
 def test_runs_of_another_version_are_taken_and_marked(house, call):
     for seed in (1, 2, 3):
-        make_run(house, seed=seed, **({"sha256": "0" * 64, "commit": None} if seed == 3 else {}))
+        folder = make_run(house, seed=seed)
+    (folder / "ppo.py").write_text("another = 1\n")
     call(report, *house.words)
-    assert [bool(row["code"]) for row in rows(house)] == [True, True, False]
+    now, another = suites.code_hash((ROOT / "algos" / "ppo.py").read_text()), suites.code_hash("another = 1")
+    assert [row["code"] for row in rows(house)] == [now, now, another]
     assert "| script changed since (1 of 3 runs) |" in page(house)
-    table = house.results / "toys.csv"  # collected while the file was still there: what is known is not forgotten
-    table.write_text(table.read_text().replace("0" * 64 + ",", "0" * 64 + ",feedfeedfeedfeed"))
-    call(report, *house.words)
-    assert rows(house)[2]["code"] == "feedfeedfeedfeed"
 
 
 def test_smoke_is_not_published(house, call):
@@ -362,7 +326,7 @@ def test_the_page_without_runs(house, call):
 
 def test_the_page(house, call):
     for seed, final in ((1, 390.0), (2, 400.0), (3, 440.0)):
-        make_run(house, entry=0, seed=seed, final=final, clean=seed != 2)
+        make_run(house, entry=0, seed=seed, final=final, commit=COMMIT + "-dirty" * (seed == 2))
         make_run(house, entry=1, seed=seed, final=-final / 4, gpu="Some GPU")
     call(report, *house.words)
     lines = page(house).splitlines()
@@ -598,7 +562,7 @@ def test_readme_has_a_short_table_of_ppo(house, call):
     start = "| [CartPole-v1](docs/BENCHMARKS.md#cartpole-v1) | [`ppo`](algos/ppo.py) | "
     assert f"{start}{report.whole(ppo.steps)} | 3 of 5 | **" in text and "| marks |" not in text
     assert call(report, "--check", *house.words).code == 0
-    make_run(house, seed=4, sha256="0" * 64)
+    (make_run(house, seed=4) / "ppo.py").write_text("another = 1\n")
     call(report, *house.words)
     assert "| marks |" in readme.read_text() and "| script changed since (1 of 4 runs) |" in readme.read_text()
 
@@ -889,9 +853,6 @@ def test_what_was_not_repeated_is_no_proof(house, call, repeated):
     done = repeated("--only", "CartPole*")  # its runs fail
     assert repeated.asked == [(["CartPole-v1__ppo"], "1")]
     assert done.code == 1 and "it has not finished" in done.out and not suites.REPEATED.exists()
-    set_code(house, "")
-    done = repeated(final0=-80.0, final1=-80.0)
-    assert done.code == 1 and "unknown code" in done.out and not suites.REPEATED.exists()
 
 
 def test_what_is_known_of_changes_adds_up(house, monkeypatch):
@@ -908,11 +869,11 @@ def test_what_is_known_of_changes_adds_up(house, monkeypatch):
 
 def test_the_runner_takes_repeated_runs_for_done_but_does_not_go_on_with_one(house, monkeypatch):
     monkeypatch.setattr(suites, "REPEATED", house.base / "repeated.csv")
-    monkeypatch.setattr(suites, "code_of", lambda *_: "older")
     (entry, *_), folder = house.suite.entries, make_run(house)
+    (folder / "ppo.py").write_text("older = 1\n")
     assert suites.why_stale(folder, entry, 1) == "ppo.py has changed"
     now = suites.code_hash((suites.SCRIPTS / "ppo.py").read_text())
-    collect.write_csv(suites.REPEATED, repeat.COLUMNS, [(*entry.key, "1", "older", now)])
+    collect.write_csv(suites.REPEATED, repeat.COLUMNS, [(*entry.key, "1", suites.code_hash("older = 1"), now)])
     assert suites.why_stale(folder, entry, 1) is None
     (folder / "result.json").unlink()
     assert suites.why_stale(folder, entry, 1) == "ppo.py has changed"

@@ -36,7 +36,7 @@ SHIPPED = sorted(path.stem for path in spaces.SPACES.glob("*.toml"))
 LEARNER = """
 from __future__ import annotations
 
-import hashlib, json, math, os, shlex, signal, sys, time
+import json, math, os, shutil, signal, sys, time
 from pathlib import Path
 
 
@@ -44,10 +44,11 @@ class Args:
     env_id: str = "A-v1"
     seed: int = 1
     total_timesteps: int = 60
-    run_dir: str | None = None
-    resume: str | None = None
+    run_dir: str = ""
+    resume: str = ""
+    env_kwargs: dict[str, bool | int | float | str] = {}
     torch_threads: int = 1
-    device: str = "auto"
+    device: str = "cpu"
     rate: float = 1e-3
     size: int = 64
     gamma: float = 0.99
@@ -84,9 +85,8 @@ if "resume" in given:
 else:
     folder.mkdir(parents=True, exist_ok=True)
     assert not any(folder.iterdir()), "not empty"
-    digest = hashlib.sha256(Path(sys.argv[0]).read_bytes()).hexdigest()
-    about = {"words": sys.argv[1:], "script": "learner.py", "command": shlex.join(sys.argv), "sha256": digest}
-    write("args.json", {"args": given} | about)
+    shutil.copy(sys.argv[0], folder)
+    write("args.json", {"args": given, "command": sys.argv})
     journal("begin")
 args = json.loads((folder / "args.json").read_text())["args"]
 step = 0
@@ -265,7 +265,8 @@ def test_a_space_is_read_and_written(house):
         "limit": {"choices": ["None", 1, 2.5]},
         "pace": {"low": 0, "high": 1},
     }
-    tables = {"fixed": {"mode": "ok"}, "settled": {"extra": 1}, "start": {"rate": 0.02}}
+    tables = {"settled": {"extra": 1}, "start": {"rate": 0.02}}
+    tables["fixed"] = {"mode": "ok", "env_kwargs": {"gravity": -5.0}}
     path = house.space(ranges, seeds=3, pruner="asha", grace=7, **tables)
     space = spaces.load(path)
     assert [x.flag for x in space.dimensions] == list(ranges) and space.seeds == (101, 102, 103)
@@ -285,6 +286,7 @@ def test_a_space_is_read_and_written(house):
     params = space.first_params() | {"1-gamma": 0.0123456789, "rate": 0.00123456789, "on": False}
     assert space.flags(1, params) == {
         "mode": "ok",
+        "env_kwargs": {"gravity": -5.0},
         "extra": 1,
         "rate": 0.001235,
         "size": 64,
@@ -294,7 +296,8 @@ def test_a_space_is_read_and_written(house):
         "limit": None,
         "pace": 0.0,
     }
-    assert space.flags(0, params) == {"mode": "ok", "extra": 1, "rate": 0.02}
+    assert space.flags(0, params) == space.fixed | {"extra": 1, "rate": 0.02}
+    assert space.entry(space.fixed).words == ["--env-kwargs", "gravity", "-5.0", "--mode", "ok"]
     (house.path / "t.toml").write_text(spaces.write(space, house.path, {"rate": "a note"}, "a head\nof two lines"))
     text = (house.path / "t.toml").read_text()
     assert (
@@ -397,7 +400,6 @@ def test_a_search_makes_its_trials_and_the_flags_arrive(house):
         "total_timesteps": "60",
         "seed": "101",
         "torch_threads": "3",
-        "device": "auto",
         "mode": "ok",
     }
     space = spaces.load(house.path / "s.toml")

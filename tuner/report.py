@@ -315,7 +315,7 @@ def write_validation(space: Space, folder: Path, leader: FrozenTrial, arms: dict
         "probability_interval": between.tolist(),
         "p": p,
         "verdict": verdict,
-        "machine": {key: described.get(key) for key in ("cpu", "cores", "gpu", "commit", "clean")},
+        "machine": {key: described.get(key) for key in ("cpu", "gpu", "commit")},
     }
     (folder / "validation.json").write_text(json.dumps(found, indent=2) + "\n")
     page = markdown(space, found, rows)
@@ -358,8 +358,8 @@ def markdown(space: Space, found: dict, rows: list[list]) -> str:
     fixed = " ".join(space.entry(space.fixed).words)
     machine = found["machine"]
     made = f"{machine['cpu'] or 'a machine that args.json does not name'}"
-    if machine["commit"]:
-        made += f", commit `{machine['commit'][:7]}`{'' if machine['clean'] else ' with uncommitted changes'}"
+    if commit := machine["commit"]:
+        made += f", commit `{commit[:7]}`{' with uncommitted changes' if commit.endswith('-dirty') else ''}"
     return "\n".join(
         [
             f"# {space.script.stem} on {space.env}, tuned",

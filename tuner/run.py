@@ -63,8 +63,8 @@ class Machine:
     """GPUs to spread the runs over, such as 0 1; each run sees one"""
     runs_per_gpu: int = 1
     """runs side by side on each GPU"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """--device of every run"""
+    device: Literal["cpu", "cuda"] | None = None
+    """--device of every run; by default the script's own"""
     hang_after: float = 30.0
     """minutes without a sign in log and run folder after which a run is killed and counts as failed"""
     backend: Literal["local", "dstack"] = "local"

@@ -339,7 +339,7 @@ def read_space(content: dict, path: Path) -> Space:
     elif theirs := [key for x in (*tables.values(), content["space"]) for key in x if key.replace("-", "_") in OWN]:
         raise SuiteError(f"{where}: flag {theirs[0]} is the tuner's to set")
     for flag, value in ((flag, value) for table in tables.values() for flag, value in table.items()):
-        if not isinstance(value, bool | int | float | str | None):
+        if not known and not isinstance(value, bool | int | float | str):
             raise SuiteError(f"{where}: flag {flag} is {value}; it takes a number, a word, true or false")
     ranges = content["space"].items()
     dimensions = tuple(read_dimension(key, x, script.name, known, f"{where}, [space]") for key, x in ranges)
@@ -399,7 +399,7 @@ def toml(value) -> str:
     if value is None:
         return '"None"'
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{key} = {toml(x)}" for key, x in value.items()) + " }" if value else "{}"
+        return "{ " + ", ".join(f"{toml_key(key)} = {toml(x)}" for key, x in value.items()) + " }" if value else "{}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(toml, value)) + "]"
     return json.dumps(value, ensure_ascii=False)
