@@ -16,9 +16,9 @@ Paper: Mnih et al. 2015, "Human-level control through deep reinforcement learnin
 
 Details that matter:
 - A truncated episode (time limit) bootstraps from its real final observation; a terminated one does not bootstrap.
-- The TD error is squared, not clipped as in the paper: the Huber loss learns medians, which ignore rare failures.
+- The TD error is squared, not clipped as in the paper: for large errors a Huber loss learns medians, not means.
 - Several environments in parallel, with `gradient_steps` updates every `train_frequency` environment steps.
-- Adam instead of RMSProp, with a learning rate annealed to 0, which prevents a late collapse.
+- Adam instead of RMSProp, with a learning rate annealed to 0. Without that CartPole is often unlearned late in a run.
 - Checkpoints restart environments and random numbers, so that a resumed run is bit-identical to an uninterrupted one.
 
 Not included: Double DQN, prioritized replay, dueling networks, n-step returns (dqn_per.py, read it next), images.
@@ -122,7 +122,7 @@ class Agent(nn.Module):
 
 
 class Adapter(gym.Wrapper):
-    """Observations as float32 copies (some environments reuse their array), no infos, actions in the space's dtype."""
+    """Observations as float32 copies (some environments reuse their array), no infos, actions as the space has them."""
 
     def __init__(self, env: gym.Env) -> None:
         super().__init__(env)
@@ -196,7 +196,7 @@ class ReplayBuffer:
 
 
 def linear_schedule(start: float, end: float, duration: float, t: float) -> float:
-    """Linear from `start` at t = 0 to `end` at t = `duration`, then constant."""
+    """Linear from `start` at t = 0 to `end` at t = `duration`, then constant; both are fractions of the run."""
     return start + (end - start) * t / duration if t < duration else end
 
 
@@ -213,7 +213,7 @@ def train(args: Args) -> None:
     """DQN, algorithm 1, with N environments in parallel."""
     prepare(args)
     N, device = args.num_envs, args.device
-    envs, obs = start_envs(args, "train", 0, N)
+    envs, obs = start_envs(args, "train", 0, N)  # seeds everything
     agent = Agent(envs, args).to(device)
     target = deepcopy(agent).requires_grad_(False)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
@@ -223,19 +223,20 @@ def train(args: Args) -> None:
     global_step, history = run.start_step, []
 
     while global_step < args.total_timesteps:
-        if run.checkpoint(global_step):  # every `checkpoint_every` steps, and after a resume
+        if run.checkpoint(global_step):  # every `checkpoint_every` steps and after a resume: environments restart
             envs, obs = start_envs(args, "train", global_step, N, old_envs=envs)
 
         progress = global_step / args.total_timesteps
         epsilon = linear_schedule(args.start_e, args.end_e, args.exploration_fraction, progress)
+        if global_step < args.learning_starts:
+            epsilon = 1.0
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - progress)
 
         # Act: epsilon-greedy
         greedy_actions = agent.act(torch.from_numpy(obs).to(device)).cpu().numpy()
         random_actions = np.random.randint(envs.single_action_space.n, size=N)
-        explore = np.random.random(N) < (epsilon if global_step >= args.learning_starts else 1)
-        actions = np.where(explore, random_actions, greedy_actions)
+        actions = np.where(np.random.random(N) < epsilon, random_actions, greedy_actions)
         next_obs, rewards, terminations, truncations, infos = envs.step(actions)
         replay.add(obs, actions, rewards, real_next_obs(next_obs, infos), terminations)
         obs = next_obs
@@ -270,7 +271,7 @@ def fail(message: str, code: int = 2) -> NoReturn:  # exit codes: 2 is bad input
     sys.exit(code)
 
 
-def prepare(args: Args) -> None:  # resolve what depends on time and machine, before an environment can call os.chdir
+def prepare(args: Args) -> None:  # name the run folder, before an environment can call os.chdir; check the device
     name = re.sub("[^A-Za-z0-9.-]+", "-", args.env_id) + f"__{Path(__file__).stem}__{args.seed}"
     args.run_dir = os.path.abspath(args.run_dir or time.strftime(f"runs/{name}__%Y%m%dT%H%M%SZ", time.gmtime()))
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -306,14 +307,14 @@ class Run:
 
     def __init__(self, args: Args, **parts) -> None:  # parts: all that a resume restores, each with a state_dict
         self.args, self.parts, self.path, script = args, parts, Path(args.run_dir), Path(__file__)
-        if not args.resume and self.path.exists() and set(os.listdir(self.path)) - {".lock", script.name}:
+        if not args.resume and self.path.exists() and {*os.listdir(self.path)} - {".lock", "episodes.csv", script.name}:
             fail(f"{self.path} exists: continue it with --resume, or choose another --run-dir")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = FileLock(self.path / ".lock").acquire(blocking=False)
         except OSError as error:  # also filelock.Timeout
             fail(f"cannot use {self.path}, or another process does: {error}")
-        state = {"step": 0, "seconds": 0.0, "recent": [], "csv_size": 0}
+        state = {"step": 0, "seconds": 0.0, "recent": [], "csv_size": 27}  # of the header
         if not args.resume:
             git = ["git", "-C", script.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
             commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
@@ -321,6 +322,7 @@ class Run:
             info = {"args": asdict(args) | {"run_dir": ""}, "command": sys.argv, "commit": commit, "versions": versions}
             info |= {"cpu": torch.cpu.get_capabilities().get("cpu_name"), "threads": torch.get_num_threads()}
             info |= {"gpu": torch.cuda.get_device_name() if args.device == "cuda" else None, "started": time.ctime()}
+            (self.path / "episodes.csv").write_text("step,seconds,return,length\n", newline="")
             write_atomically(self.path / script.name, lambda path: shutil.copy(script, path))
             write_atomically(self.path / "args.json", lambda path: path.write_text(json.dumps(info, indent=2)))
         elif (self.path / "checkpoint.pt").exists():
@@ -331,40 +333,35 @@ class Run:
         self.started = time.perf_counter() - state["seconds"]
         self.recent = deque(state["recent"], maxlen=100)  # (return, length) of the last 100 episodes
         self.returns, self.lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, int)
-        self.episodes = (self.path / "episodes.csv").open("a", buffering=1)
-        self.episodes.truncate(state["csv_size"])
-        if not state["csv_size"]:
-            self.episodes.write("step,seconds,return,length\n")
+        self.csv = (self.path / "episodes.csv").open("a", buffering=1)
+        self.csv.truncate(state["csv_size"])
         self.writer = SummaryWriter(self.path, purge_step=self.start_step + 1)  # hides what a killed run logged later
-        seconds = 0.5 if sys.stderr.isatty() else 60
-        self.bar = tqdm(total=args.total_timesteps, initial=self.start_step, unit_scale=True, mininterval=seconds)
+        self.bar = tqdm(total=args.total_timesteps, initial=state["step"], mininterval=1 if sys.stderr.isatty() else 60)
 
     def checkpoint(self, step: int, last: bool = False) -> bool:
         """Save every `checkpoint_every` steps. True then and after a resume: the environments have to restart."""
         if step < self.next_checkpoint and not last:
             return False
-        self.next_checkpoint = (step // self.args.checkpoint_every + 1) * self.args.checkpoint_every
+        if self.lengths.max() * self.args.num_envs >= step - self.start_step > 0:
+            self.bar.write("warning: discarded an episode as long as the run or --checkpoint-every", sys.stderr)
+        self.start_step, self.next_checkpoint = step, step + self.args.checkpoint_every
         self.returns[:] = self.lengths[:] = 0
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"step": step, "seconds": time.perf_counter() - self.started}
-        state |= {"recent": list(self.recent), "csv_size": os.path.getsize(self.episodes.name)}
+        state |= {"recent": list(self.recent), "csv_size": os.path.getsize(self.csv.name)}
         write_atomically(self.path / "checkpoint.pt", lambda path: torch.save(state, path))
-        if not self.recent and step < 2 * self.args.checkpoint_every:
-            self.bar.write("warning: no episode has ended yet; a larger --checkpoint-every may help", sys.stderr)
         return True
 
-    def record(self, step: int, rewards: np.ndarray, dones: np.ndarray) -> None:
-        """Count one step of every environment; each episode that ended becomes a row of episodes.csv."""
+    def record(self, step: int, rewards: np.ndarray, dones: np.ndarray) -> None:  # ended episodes become rows
         self.returns, self.lengths = self.returns + rewards, self.lengths + 1
         for i in np.flatnonzero(dones):
-            row = step, round(time.perf_counter() - self.started, 2), float(self.returns[i]), int(self.lengths[i])
-            self.episodes.write(",".join(map(str, row)) + "\n")
-            self.recent.append(row[2:])
+            self.csv.write(f"{step},{time.perf_counter() - self.started:.2f},{self.returns[i]},{self.lengths[i]}\n")
+            self.recent.append((float(self.returns[i]), int(self.lengths[i])))
             self.returns[i] = self.lengths[i] = 0
 
     def log(self, step: int, history: list[dict[str, Tensor]], charts: dict[str, Tensor | float]) -> None:
         """Write the means of `history` and `charts` to TensorBoard; stop the run if anything is NaN or inf."""
-        metrics = {name: torch.stack([x[name] for x in history]).mean() for name in (history or [{}])[0]} | charts
+        metrics = {name: sum(x[name] for x in history) / len(history) for name in (history or [{}])[0]} | charts
         metrics["charts/SPS"] = step / (time.perf_counter() - self.started)
         metrics["charts/weight_norm"] = nn.utils.get_total_norm(self.parts["agent"].parameters()).item()
         if self.recent:
@@ -374,34 +371,36 @@ class Run:
             self.writer.add_scalar(name, float(value), step)
         self.bar.update(min(step, self.bar.total) - self.bar.n)  # the last rollout may go beyond total_timesteps
         if bad := [name for name, value in metrics.items() if not math.isfinite(value)]:
-            self.bar.close()
             self.writer.close()
             fail(f"{self.path} diverged before step {step}: NaN or inf in {', '.join(bad[:3])}", code=3)
 
     def finish(self, step: int, envs: gym.vector.VectorEnv) -> None:  # result.json marks a finished run
         agent, seconds = self.parts["agent"], time.perf_counter() - self.started
+        write_atomically(self.path / "agent.safetensors", lambda path: safetensors.torch.save_model(agent, path))
         self.checkpoint(step, last=True)  # a kill from here on costs no training
         self.bar.close()
         self.writer.close()
-        write_atomically(self.path / "agent.safetensors", lambda path: safetensors.torch.save_model(agent, path))
         final_return = np.mean(self.recent, axis=0)[0] if self.recent else None
-        result = dict(final_return=final_return, **evaluate(self.args, agent, envs), steps=step, seconds=seconds)
+        result = dict(final_return=final_return, **evaluate(self.args, agent.eval(), envs), steps=step, seconds=seconds)
         peak = importlib.import_module("resource").getrusage(0).ru_maxrss if os.name == "posix" else 0
         result |= {"sps": step / seconds, "peak_memory_mb": peak / (2**20 if sys.platform == "darwin" else 2**10)}
         write_atomically(self.path / "result.json", lambda path: path.write_text(json.dumps(result, indent=2)))
         (self.path / "checkpoint.pt").unlink()
         print(f"curves: tensorboard --logdir {self.path}; video: {sys.argv[0]} --evaluate {self.path} --video")
+        if self.args.video:
+            record_video(self.args, agent, envs)
 
 
 @torch.inference_mode()
 def evaluate(args: Args, agent: nn.Module, envs: gym.vector.VectorEnv, video=None) -> dict:
-    """Greedy episodes, one per environment, so that short ones do not count more; at most `num_envs` at a time."""
+    """One episode per environment, so that short ones do not count more; at most `num_envs` at a time."""
     returns, running = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, bool)
     for first in range(0, len(returns), args.num_envs):
         rows = slice(first, min(first + args.num_envs, len(returns)))
         envs, obs = start_envs(args, "eval", first, rows.stop - first, envs, render=video is not None)
         for _ in tqdm(range(30_000), desc="evaluation", leave=False, delay=1, mininterval=1):
-            video and video.append_data(envs.envs[0].render())
+            if video:
+                video.append_data(envs.envs[0].render())
             actions = agent.act(torch.from_numpy(obs).to(args.device)).cpu().numpy()
             obs, rewards, terminations, truncations, _ = envs.step(actions)
             returns[rows] += np.where(running[rows], rewards, 0)
@@ -410,13 +409,13 @@ def evaluate(args: Args, agent: nn.Module, envs: gym.vector.VectorEnv, video=Non
                 break
     result = {"eval_return_mean": returns.mean(), "eval_return_std": returns.std(), "eval_episodes": len(returns)}
     note = f" ({running.sum()} truncated after 30,000 steps)" if running.any() else ""
-    print(f"{args.run_dir}: return {returns.mean():.1f} +- {returns.std():.1f} in {len(returns)} greedy episodes{note}")
+    print(f"{args.run_dir}: return {returns.mean():.1f} +- {returns.std():.1f} in {len(returns)} episodes{note}")
     return result | {"eval_truncated": int(running.sum())}
 
 
 def record_video(args: Args, agent: nn.Module, envs: gym.vector.VectorEnv) -> None:
-    path, fps = Path(args.run_dir, "videos", f"seed{args.seed}.mp4"), float(envs.metadata.get("render_fps") or 30)
     try:
+        path, fps = Path(args.run_dir, "videos", f"seed{args.seed}.mp4"), float(envs.metadata.get("render_fps") or 30)
         path.parent.mkdir(exist_ok=True)
         with importlib.import_module("imageio").get_writer(path, fps=fps, macro_block_size=2) as video:
             evaluate(replace(args, eval_episodes=1), agent, envs, video)
@@ -431,10 +430,12 @@ def main() -> None:
     words = [re.sub(r"(?<![^=])\d+(\.\d)?e[3-9]$", lambda m: f"{float(m[0]):.0f}", x) for x in sys.argv[1:]]  # 1e6
     args = tyro.cli(Args, args=words, description=__doc__.split("\n")[0])
     if folder := args.resume or args.evaluate:  # the flags of that run become the defaults
-        needed = {Path(__file__).name, "args.json", "agent.safetensors" if args.evaluate else "args.json"}
-        found = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        if needed - found or args.resume and (args.evaluate or "result.json" in found):
-            fail(f"{folder} is not the folder of {'an unfinished' if args.resume else 'a finished'} run of this script")
+        script, files = Path(__file__), set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        needed = {script.name, "args.json", "agent.safetensors" if args.evaluate else "args.json"}
+        if needed - files or args.resume and (args.evaluate or "result.json" in files):
+            fail(f"{folder} is not {'an unfinished' if args.resume else 'a finished'} run of {script.name}")
+        if args.resume and Path(folder, script.name).read_bytes() != script.read_bytes():
+            fail(f"{script.name} has changed since: resume with the copy in the folder, {folder}/{script.name}")
         saved = json.loads(Path(folder, "args.json").read_text())["args"] | {"run_dir": folder, "resume": args.resume}
         saved |= {"env_kwargs": {}} if args.env_kwargs else {}  # with other defaults tyro would take only their names
         defaults = Args(**{name: saved[name] for name in Args.__dataclass_fields__ if name in saved})
@@ -443,18 +444,18 @@ def main() -> None:
             fail("--resume continues a run with its own flags: remove the others")
     try:
         if not args.evaluate:
-            train(args)
-        if args.evaluate or args.video:
-            prepare(args)
-            envs, _ = start_envs(args, "eval", 0, 1)
-            agent = Agent(envs, args).to(args.device)
-            safetensors.torch.load_model(agent, Path(args.run_dir, "agent.safetensors"))
-            args.evaluate and evaluate(args, agent, envs)
-            args.video and record_video(args, agent, envs)
+            return train(args)
+        prepare(args)
+        envs, _ = start_envs(args, "eval", 0, 1)
+        agent = Agent(envs, args).to(args.device).eval()
+        safetensors.torch.load_model(agent, Path(args.run_dir, "agent.safetensors"))
+        evaluate(args, agent, envs)
+        if args.video:
+            record_video(args, agent, envs)
     except KeyboardInterrupt:
-        fail("interrupted" if args.evaluate else f"interrupted: continue with --resume {args.run_dir}", code=130)
+        fail("interrupted" if args.evaluate else f"interrupted: --resume {args.run_dir} continues it", code=130)
     except Exception as error:
-        if isinstance(error, MemoryError) or re.search("No space|argument.+creator|size mismatch", str(error)):
+        if isinstance(error, MemoryError) or re.search("No space|argument.+creator|Error.+loading", str(error)):
             fail(" ".join(str(error).split()))
         error.add_note("If the error is in your environment, gymnasium.utils.env_checker.check_env may explain it.")
         raise

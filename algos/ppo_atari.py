@@ -8,7 +8,7 @@
 """Proximal Policy Optimization (PPO) for Atari games.
 
     uv run ppo_atari.py --env-id ALE/Pong-v5              # or: python ppo_atari.py
-    uv run ppo_atari.py --clip-coef 0.2 --num-envs 16 --num-minibatches 8 --no-clip-vloss       # learns Pong faster
+    uv run ppo_atari.py --norm-obs --clip-coef 0.2 --num-envs 16 --num-minibatches 8 --no-clip-vloss    # learns Pong
     uv run ppo_atari.py --resume runs/ALE-Pong-v5__ppo_atari__1__...
     uv run ppo_atari.py --evaluate runs/ALE-Pong-v5__ppo_atari__1__... --video
 
@@ -16,11 +16,11 @@ Papers: Schulman et al. 2017 (PPO, arXiv:1707.06347) and 2016 (GAE, arXiv:1506.0
 network); Machado et al. 2018 (sticky actions, arXiv:1709.06009); Huang et al. 2022 (37 details).
 
 Details that matter, besides those of ppo.py:
-- Protocol: ALE/*-v5, sticky actions (0.25), minimal actions, frame skip 4, maximum of two frames, 84 x 84 grayscale, 4
-  frames stacked, FIRE and fewer than 30 no-ops at the start, at most 108,000 frames. Scores are raw, of whole games.
-- The learner sees the sign of the rewards and, with `--life-loss`, an end of the episode where a life is lost.
+- Preprocessing by ALE's vector environment, in the order of `make_envs`. A step is 4 frames. Scores are those of whole
+  games, unclipped; only the learner sees the sign of the rewards and, with `--life-loss`, a termination at a lost life.
 - Policy and value share the convolutions, so values are computed while acting, not once per rollout.
-- Not in the papers: the running mean of each pixel is subtracted (`--norm-obs`). On Pong the background hides the ball.
+- The evaluation samples from the policy: a greedy agent can wait forever for a ball that it never serves.
+- With sticky actions, Pong was learned only with `--norm-obs`, which is in no paper: the background hides the ball.
 - bfloat16 in the convolutions where the processor has it (`--bf16`). Weights, heads, and losses stay in float32.
 
 Not included: other image environments, recurrence.
@@ -64,7 +64,7 @@ def has_bf16() -> bool:
 
 @dataclass
 class Args:
-    env_id: str = "ALE/Pong-v5"  # Gymnasium id; `package:Name-v0` imports the package first
+    env_id: str = "ALE/Pong-v5"  # Gymnasium id of an Atari game: ALE/Name-v5
     seed: int = 1  # random seed
     total_timesteps: int = 10_000_000  # environment steps, summed over all environments
     env_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)  # for gym.make: name value name value
@@ -81,12 +81,12 @@ class Args:
     norm_adv: bool = True  # normalize the advantages of each minibatch
     clip_coef: float = 0.1  # clip range of the probability ratio (epsilon)
     clip_vloss: bool = True  # clip the value loss, with the same range
-    ent_coef: float = 0.01  # entropy coefficient (c2)
-    vf_coef: float = 0.5  # value loss coefficient (c1)
+    ent_coef: float = 0.01  # entropy coefficient
+    vf_coef: float = 0.5  # value loss coefficient
     max_grad_norm: float = 0.5  # maximum global norm of the gradient
     target_kl: float = 0.0  # stop the epochs on a rollout when the approximate KL divergence exceeds this; 0: never
     life_loss: bool = True  # a lost life is a termination for the learner; the game continues
-    norm_obs: bool = True  # subtract the running mean of each pixel, and divide all by one standard deviation
+    norm_obs: bool = False  # subtract the running mean of each pixel, and divide all by one standard deviation
     bf16: bool = has_bf16()  # convolutions in bfloat16
 
     # The run
@@ -158,10 +158,12 @@ class Agent(nn.Module):
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """Bytes (B, 4, 84, 84) -> logits (B, A) and V(s) (B,)."""
-        x = obs.to(torch.float32, memory_format=torch.channels_last) / 255
+        x = obs.to(torch.float32, memory_format=torch.channels_last)
         if self.norm_obs:
             std = (self.obs_stats.var.mean() + 1e-4).sqrt()  # one for all pixels: those that never change stay small
-            x = (x - self.obs_stats.mean.float()) / std.float()
+            x = (x - 255 * self.obs_stats.mean.float()) / (255 * std.float())
+        else:
+            x = x / 255
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             hidden = self.trunk(x)
         return self.actor(hidden.float()), self.critic(hidden.float()).squeeze(-1)
@@ -182,9 +184,14 @@ class Agent(nn.Module):
         return actions, logits.log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1), values
 
     @torch.no_grad()
+    def value(self, obs: Tensor) -> Tensor:
+        """V(s): (N, 4, 84, 84) -> (N,)."""
+        return self(obs)[1]
+
+    @torch.no_grad()
     def act(self, obs: Tensor) -> Tensor:
-        """Greedy actions: (N, 4, 84, 84) -> (N,)."""
-        return self(obs)[0].argmax(-1)
+        """Actions for the evaluation, sampled: (N, 4, 84, 84) -> (N,)."""
+        return self.sample(obs)[0]
 
 
 class Games(gym.vector.VectorWrapper):
@@ -192,7 +199,7 @@ class Games(gym.vector.VectorWrapper):
 
     def __init__(self, env: gym.vector.VectorEnv) -> None:
         super().__init__(env)
-        self.envs = [self]
+        self.envs = [self]  # like the list of a SyncVectorEnv
 
     def reset(self, **kwargs):
         self.obs, infos = self.env.reset(**kwargs)
@@ -213,21 +220,33 @@ def make_envs(args: Args, num_envs: int, render: bool = False) -> gym.vector.Vec
     Observations are bytes (N, 4, 84, 84), rewards are raw. At a lost life the game continues: see infos["lives"].
     """
     try:
-        spec = gym.spec(args.env_id)
+        spec = gym.spec(args.env_id.removeprefix("ale_py:"))
     except (gym.error.Error, ImportError) as error:
         fail(f"cannot make {args.env_id}: {error}")
-    if not args.env_id.startswith("ALE/"):
+    if not spec.id.startswith("ALE/"):
         fail(f"{args.env_id} is not an Atari game, like ALE/Pong-v5: for vector observations there is ppo.py")
-    envs = gym.make_vec(
-        spec,
-        num_envs,
-        autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
-        repeat_action_probability=0.25,
-        reward_clipping=False,
-        num_threads=min(num_envs, torch.get_num_threads()),
-        **args.env_kwargs,
+    preprocessing = {
+        "noop_max": 30,  # at the start of a game, fewer no-ops than this, at random
+        "use_fire_reset": True,  # and FIRE, where the game has it
+        "repeat_action_probability": 0.25,  # sticky actions (Machado et al.)
+        "frameskip": 4,  # the action is repeated, rewards are summed
+        "maxpool": True,  # the maximum of the last two frames
+        "grayscale": True,
+        "img_height": 84,
+        "img_width": 84,
+        "stack_num": 4,  # the last four of these frames
+        "reward_clipping": False,
+        "max_num_frames_per_episode": 108_000,  # then truncated
+    }
+    return Games(
+        gym.make_vec(
+            spec,
+            num_envs,
+            autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
+            num_threads=min(num_envs, torch.get_num_threads()),
+            **preprocessing | args.env_kwargs,
+        )
     )
-    return Games(envs)
 
 
 def gae(rewards, values, next_values, terminations, dones, gamma: float, gae_lambda: float) -> Tensor:
@@ -243,10 +262,10 @@ def gae(rewards, values, next_values, terminations, dones, gamma: float, gae_lam
     return advantages
 
 
-def ppo_loss(agent, args, obs, actions, logprobs, advantages, returns, values) -> tuple[Tensor, dict[str, Tensor]]:
+def ppo_loss(agent, args, obs, actions, old_logprobs, advantages, returns, old_values) -> tuple[Tensor, dict]:
     """PPO eq. 9 on a minibatch of B steps, obs (B, 4, 84, 84), the others (B,). Returns the loss and metrics."""
     new_logprobs, entropy, new_values = agent.logprob_entropy_value(obs, actions)
-    logratio = new_logprobs - logprobs
+    logratio = new_logprobs - old_logprobs
     ratio = logratio.exp()
     if args.norm_adv and len(advantages) > 1:
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
@@ -255,7 +274,7 @@ def ppo_loss(agent, args, obs, actions, logprobs, advantages, returns, values) -
 
     value_loss = 0.5 * (new_values - returns).square()
     if args.clip_vloss:
-        clipped_values = values + (new_values - values).clamp(-args.clip_coef, args.clip_coef)
+        clipped_values = old_values + (new_values - old_values).clamp(-args.clip_coef, args.clip_coef)
         value_loss = torch.max(value_loss, 0.5 * (clipped_values - returns).square())
 
     loss = (policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy).mean()
@@ -275,7 +294,7 @@ def train(args: Args) -> None:
     prepare(args)
     torch.backends.cudnn.deterministic = True
     T, N, device = args.num_steps, args.num_envs, args.device
-    envs, current_obs = start_envs(args, "train", 0, N)
+    envs, current_obs = start_envs(args, "train", 0, N)  # seeds everything
     agent = Agent(envs, args).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     loss_fn = torch.compile(ppo_loss) if args.compile else ppo_loss
@@ -289,7 +308,7 @@ def train(args: Args) -> None:
     global_step = run.start_step
 
     while global_step < args.total_timesteps:
-        if run.checkpoint(global_step):  # every `checkpoint_every` steps, and after a resume
+        if run.checkpoint(global_step):  # every `checkpoint_every` steps and after a resume: environments restart
             envs, current_obs = start_envs(args, "train", global_step, N, old_envs=envs)
             lives = np.zeros(N)
         if args.anneal_lr:
@@ -297,23 +316,23 @@ def train(args: Args) -> None:
 
         # Collect a rollout
         final_obs = []  # of truncated episodes
-        with torch.autocast(device, enabled=False):  # this outer context keeps the converted weights until it ends
+        with torch.autocast(device, enabled=False):  # inner autocasts share converted weights: no update here
             for t in range(T):
                 obs[t] = torch.from_numpy(current_obs)
                 actions[t], logprobs[t], values[t] = agent.sample(obs[t])
-                current_obs, reward, terminated, truncations[t], infos = envs.step(actions[t].cpu().numpy())
+                current_obs, reward, game_over, truncations[t], infos = envs.step(actions[t].cpu().numpy())
                 if truncations[t].any():
                     final_obs.append(infos["final_obs"][truncations[t]])
                 global_step += N
-                run.record(global_step, reward, terminated | truncations[t])
+                run.record(global_step, reward, game_over | truncations[t])
                 lost_life = (infos["lives"] < lives) & ~truncations[t] & args.life_loss
-                rewards[t], terminations[t], lives = np.sign(reward), terminated | lost_life, infos["lives"]
+                rewards[t], terminations[t], lives = np.sign(reward), game_over | lost_life, infos["lives"]
             obs[T] = torch.from_numpy(current_obs)
-            values[T] = agent.sample(obs[T])[2]
+            values[T] = agent.value(obs[T])
             next_values = values[1:].clone()
             if final_obs:
-                b_final_obs = torch.from_numpy(np.concatenate(final_obs)).to(device)
-                next_values[torch.from_numpy(truncations).to(device)] = agent.sample(b_final_obs)[2]
+                b_final_obs = torch.from_numpy(np.concatenate(final_obs)).to(device)  # ordered by (t, n), as below
+                next_values[torch.from_numpy(truncations).to(device)] = agent.value(b_final_obs)
 
         # Compute the advantages
         b_rewards, b_terminations, b_dones = (
@@ -335,7 +354,7 @@ def train(args: Args) -> None:
                 history.append(metrics)
             if 0 < args.target_kl < metrics["losses/approx_kl"]:
                 break
-        if args.norm_obs:  # only now, because the update has to see what the policy saw; every eighth frame is enough
+        if args.norm_obs:  # not earlier: the gradient steps have to see what the policy saw
             agent.obs_stats.update(obs[:-1:8, :, -1].flatten(0, 1).double() / 255)
 
         explained = 1 - (returns - values[:-1]).var(correction=0) / (returns.var(correction=0) + 1e-8)
@@ -352,7 +371,7 @@ def fail(message: str, code: int = 2) -> NoReturn:  # exit codes: 2 is bad input
     sys.exit(code)
 
 
-def prepare(args: Args) -> None:  # resolve what depends on time and machine, before an environment can call os.chdir
+def prepare(args: Args) -> None:  # name the run folder, before an environment can call os.chdir; check the device
     name = re.sub("[^A-Za-z0-9.-]+", "-", args.env_id) + f"__{Path(__file__).stem}__{args.seed}"
     args.run_dir = os.path.abspath(args.run_dir or time.strftime(f"runs/{name}__%Y%m%dT%H%M%SZ", time.gmtime()))
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -388,14 +407,14 @@ class Run:
 
     def __init__(self, args: Args, **parts) -> None:  # parts: all that a resume restores, each with a state_dict
         self.args, self.parts, self.path, script = args, parts, Path(args.run_dir), Path(__file__)
-        if not args.resume and self.path.exists() and set(os.listdir(self.path)) - {".lock", script.name}:
+        if not args.resume and self.path.exists() and {*os.listdir(self.path)} - {".lock", "episodes.csv", script.name}:
             fail(f"{self.path} exists: continue it with --resume, or choose another --run-dir")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = FileLock(self.path / ".lock").acquire(blocking=False)
         except OSError as error:  # also filelock.Timeout
             fail(f"cannot use {self.path}, or another process does: {error}")
-        state = {"step": 0, "seconds": 0.0, "recent": [], "csv_size": 0}
+        state = {"step": 0, "seconds": 0.0, "recent": [], "csv_size": 27}  # of the header
         if not args.resume:
             git = ["git", "-C", script.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
             commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
@@ -403,6 +422,7 @@ class Run:
             info = {"args": asdict(args) | {"run_dir": ""}, "command": sys.argv, "commit": commit, "versions": versions}
             info |= {"cpu": torch.cpu.get_capabilities().get("cpu_name"), "threads": torch.get_num_threads()}
             info |= {"gpu": torch.cuda.get_device_name() if args.device == "cuda" else None, "started": time.ctime()}
+            (self.path / "episodes.csv").write_text("step,seconds,return,length\n", newline="")
             write_atomically(self.path / script.name, lambda path: shutil.copy(script, path))
             write_atomically(self.path / "args.json", lambda path: path.write_text(json.dumps(info, indent=2)))
         elif (self.path / "checkpoint.pt").exists():
@@ -413,40 +433,35 @@ class Run:
         self.started = time.perf_counter() - state["seconds"]
         self.recent = deque(state["recent"], maxlen=100)  # (return, length) of the last 100 episodes
         self.returns, self.lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, int)
-        self.episodes = (self.path / "episodes.csv").open("a", buffering=1)
-        self.episodes.truncate(state["csv_size"])
-        if not state["csv_size"]:
-            self.episodes.write("step,seconds,return,length\n")
+        self.csv = (self.path / "episodes.csv").open("a", buffering=1)
+        self.csv.truncate(state["csv_size"])
         self.writer = SummaryWriter(self.path, purge_step=self.start_step + 1)  # hides what a killed run logged later
-        seconds = 0.5 if sys.stderr.isatty() else 60
-        self.bar = tqdm(total=args.total_timesteps, initial=self.start_step, unit_scale=True, mininterval=seconds)
+        self.bar = tqdm(total=args.total_timesteps, initial=state["step"], mininterval=1 if sys.stderr.isatty() else 60)
 
     def checkpoint(self, step: int, last: bool = False) -> bool:
         """Save every `checkpoint_every` steps. True then and after a resume: the environments have to restart."""
         if step < self.next_checkpoint and not last:
             return False
-        self.next_checkpoint = (step // self.args.checkpoint_every + 1) * self.args.checkpoint_every
+        if self.lengths.max() * self.args.num_envs >= step - self.start_step > 0:
+            self.bar.write("warning: discarded an episode as long as the run or --checkpoint-every", sys.stderr)
+        self.start_step, self.next_checkpoint = step, step + self.args.checkpoint_every
         self.returns[:] = self.lengths[:] = 0
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"step": step, "seconds": time.perf_counter() - self.started}
-        state |= {"recent": list(self.recent), "csv_size": os.path.getsize(self.episodes.name)}
+        state |= {"recent": list(self.recent), "csv_size": os.path.getsize(self.csv.name)}
         write_atomically(self.path / "checkpoint.pt", lambda path: torch.save(state, path))
-        if not self.recent and step < 2 * self.args.checkpoint_every:
-            self.bar.write("warning: no episode has ended yet; a larger --checkpoint-every may help", sys.stderr)
         return True
 
-    def record(self, step: int, rewards: np.ndarray, dones: np.ndarray) -> None:
-        """Count one step of every environment; each episode that ended becomes a row of episodes.csv."""
+    def record(self, step: int, rewards: np.ndarray, dones: np.ndarray) -> None:  # ended episodes become rows
         self.returns, self.lengths = self.returns + rewards, self.lengths + 1
         for i in np.flatnonzero(dones):
-            row = step, round(time.perf_counter() - self.started, 2), float(self.returns[i]), int(self.lengths[i])
-            self.episodes.write(",".join(map(str, row)) + "\n")
-            self.recent.append(row[2:])
+            self.csv.write(f"{step},{time.perf_counter() - self.started:.2f},{self.returns[i]},{self.lengths[i]}\n")
+            self.recent.append((float(self.returns[i]), int(self.lengths[i])))
             self.returns[i] = self.lengths[i] = 0
 
     def log(self, step: int, history: list[dict[str, Tensor]], charts: dict[str, Tensor | float]) -> None:
         """Write the means of `history` and `charts` to TensorBoard; stop the run if anything is NaN or inf."""
-        metrics = {name: torch.stack([x[name] for x in history]).mean() for name in (history or [{}])[0]} | charts
+        metrics = {name: sum(x[name] for x in history) / len(history) for name in (history or [{}])[0]} | charts
         metrics["charts/SPS"] = step / (time.perf_counter() - self.started)
         metrics["charts/weight_norm"] = nn.utils.get_total_norm(self.parts["agent"].parameters()).item()
         if self.recent:
@@ -456,34 +471,36 @@ class Run:
             self.writer.add_scalar(name, float(value), step)
         self.bar.update(min(step, self.bar.total) - self.bar.n)  # the last rollout may go beyond total_timesteps
         if bad := [name for name, value in metrics.items() if not math.isfinite(value)]:
-            self.bar.close()
             self.writer.close()
             fail(f"{self.path} diverged before step {step}: NaN or inf in {', '.join(bad[:3])}", code=3)
 
     def finish(self, step: int, envs: gym.vector.VectorEnv) -> None:  # result.json marks a finished run
         agent, seconds = self.parts["agent"], time.perf_counter() - self.started
+        write_atomically(self.path / "agent.safetensors", lambda path: safetensors.torch.save_model(agent, path))
         self.checkpoint(step, last=True)  # a kill from here on costs no training
         self.bar.close()
         self.writer.close()
-        write_atomically(self.path / "agent.safetensors", lambda path: safetensors.torch.save_model(agent, path))
         final_return = np.mean(self.recent, axis=0)[0] if self.recent else None
-        result = dict(final_return=final_return, **evaluate(self.args, agent, envs), steps=step, seconds=seconds)
+        result = dict(final_return=final_return, **evaluate(self.args, agent.eval(), envs), steps=step, seconds=seconds)
         peak = importlib.import_module("resource").getrusage(0).ru_maxrss if os.name == "posix" else 0
         result |= {"sps": step / seconds, "peak_memory_mb": peak / (2**20 if sys.platform == "darwin" else 2**10)}
         write_atomically(self.path / "result.json", lambda path: path.write_text(json.dumps(result, indent=2)))
         (self.path / "checkpoint.pt").unlink()
         print(f"curves: tensorboard --logdir {self.path}; video: {sys.argv[0]} --evaluate {self.path} --video")
+        if self.args.video:
+            record_video(self.args, agent, envs)
 
 
 @torch.inference_mode()
 def evaluate(args: Args, agent: nn.Module, envs: gym.vector.VectorEnv, video=None) -> dict:
-    """Greedy episodes, one per environment, so that short ones do not count more; at most `num_envs` at a time."""
+    """One episode per environment, so that short ones do not count more; at most `num_envs` at a time."""
     returns, running = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, bool)
     for first in range(0, len(returns), args.num_envs):
         rows = slice(first, min(first + args.num_envs, len(returns)))
         envs, obs = start_envs(args, "eval", first, rows.stop - first, envs, render=video is not None)
         for _ in tqdm(range(30_000), desc="evaluation", leave=False, delay=1, mininterval=1):
-            video and video.append_data(envs.envs[0].render())
+            if video:
+                video.append_data(envs.envs[0].render())
             actions = agent.act(torch.from_numpy(obs).to(args.device)).cpu().numpy()
             obs, rewards, terminations, truncations, _ = envs.step(actions)
             returns[rows] += np.where(running[rows], rewards, 0)
@@ -492,13 +509,13 @@ def evaluate(args: Args, agent: nn.Module, envs: gym.vector.VectorEnv, video=Non
                 break
     result = {"eval_return_mean": returns.mean(), "eval_return_std": returns.std(), "eval_episodes": len(returns)}
     note = f" ({running.sum()} truncated after 30,000 steps)" if running.any() else ""
-    print(f"{args.run_dir}: return {returns.mean():.1f} +- {returns.std():.1f} in {len(returns)} greedy episodes{note}")
+    print(f"{args.run_dir}: return {returns.mean():.1f} +- {returns.std():.1f} in {len(returns)} episodes{note}")
     return result | {"eval_truncated": int(running.sum())}
 
 
 def record_video(args: Args, agent: nn.Module, envs: gym.vector.VectorEnv) -> None:
-    path, fps = Path(args.run_dir, "videos", f"seed{args.seed}.mp4"), float(envs.metadata.get("render_fps") or 30)
     try:
+        path, fps = Path(args.run_dir, "videos", f"seed{args.seed}.mp4"), float(envs.metadata.get("render_fps") or 30)
         path.parent.mkdir(exist_ok=True)
         with importlib.import_module("imageio").get_writer(path, fps=fps, macro_block_size=2) as video:
             evaluate(replace(args, eval_episodes=1), agent, envs, video)
@@ -513,10 +530,12 @@ def main() -> None:
     words = [re.sub(r"(?<![^=])\d+(\.\d)?e[3-9]$", lambda m: f"{float(m[0]):.0f}", x) for x in sys.argv[1:]]  # 1e6
     args = tyro.cli(Args, args=words, description=__doc__.split("\n")[0])
     if folder := args.resume or args.evaluate:  # the flags of that run become the defaults
-        needed = {Path(__file__).name, "args.json", "agent.safetensors" if args.evaluate else "args.json"}
-        found = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        if needed - found or args.resume and (args.evaluate or "result.json" in found):
-            fail(f"{folder} is not the folder of {'an unfinished' if args.resume else 'a finished'} run of this script")
+        script, files = Path(__file__), set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        needed = {script.name, "args.json", "agent.safetensors" if args.evaluate else "args.json"}
+        if needed - files or args.resume and (args.evaluate or "result.json" in files):
+            fail(f"{folder} is not {'an unfinished' if args.resume else 'a finished'} run of {script.name}")
+        if args.resume and Path(folder, script.name).read_bytes() != script.read_bytes():
+            fail(f"{script.name} has changed since: resume with the copy in the folder, {folder}/{script.name}")
         saved = json.loads(Path(folder, "args.json").read_text())["args"] | {"run_dir": folder, "resume": args.resume}
         saved |= {"env_kwargs": {}} if args.env_kwargs else {}  # with other defaults tyro would take only their names
         defaults = Args(**{name: saved[name] for name in Args.__dataclass_fields__ if name in saved})
@@ -525,18 +544,18 @@ def main() -> None:
             fail("--resume continues a run with its own flags: remove the others")
     try:
         if not args.evaluate:
-            train(args)
-        if args.evaluate or args.video:
-            prepare(args)
-            envs, _ = start_envs(args, "eval", 0, 1)
-            agent = Agent(envs, args).to(args.device)
-            safetensors.torch.load_model(agent, Path(args.run_dir, "agent.safetensors"))
-            args.evaluate and evaluate(args, agent, envs)
-            args.video and record_video(args, agent, envs)
+            return train(args)
+        prepare(args)
+        envs, _ = start_envs(args, "eval", 0, 1)
+        agent = Agent(envs, args).to(args.device).eval()
+        safetensors.torch.load_model(agent, Path(args.run_dir, "agent.safetensors"))
+        evaluate(args, agent, envs)
+        if args.video:
+            record_video(args, agent, envs)
     except KeyboardInterrupt:
-        fail("interrupted" if args.evaluate else f"interrupted: continue with --resume {args.run_dir}", code=130)
+        fail("interrupted" if args.evaluate else f"interrupted: --resume {args.run_dir} continues it", code=130)
     except Exception as error:
-        if isinstance(error, MemoryError) or re.search("No space|argument.+creator|size mismatch", str(error)):
+        if isinstance(error, MemoryError) or re.search("No space|argument.+creator|Error.+loading", str(error)):
             fail(" ".join(str(error).split()))
         error.add_note("If the error is in your environment, gymnasium.utils.env_checker.check_env may explain it.")
         raise
