@@ -3,13 +3,17 @@
 import csv
 import importlib
 import inspect
+import json
+import multiprocessing
+import os
+import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import warnings
+import traceback
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -38,46 +42,39 @@ class Family:
 
     suffix: str  # of the file name
     env_id: str
-    misspelt: tuple[str, str]  # an id that does not exist, and the one near it
-    wrong_actions: tuple[str, str]  # an environment with the other kind of action, and the suffix of its scripts
-    wrong_spaces: list[str]  # environments that no script of this family takes
-    third_party: str | None  # of test_contract's third-party package
+    spaces: tuple  # what the smallest agent sees and does
+    refused: list[str]  # environments that no script of this family takes
     flags: dict = field(default_factory=dict)
 
 
+MISFITS = ["MultiDiscrete", "Integers", "Unbounded"]
 FAMILIES = [  # the first whose suffix fits; a new kind of script needs a row here, a new script of a known kind nothing
     Family(
         suffix="_atari",
         env_id="ALE/Klax-v5",  # every policy ends it within 400 steps, a random one within 130
-        misspelt=("ALE/Pung-v5", "ALE/Pong-v5"),
-        wrong_actions=("CartPole-v1", ""),
-        wrong_spaces=["Pendulum-v1", "Test/Dict-v0"],
-        third_party=None,  # the games of ale-py are all there are
+        spaces=(Box(0, 255, (4, 84, 84), np.uint8), Discrete(4)),
+        refused=["CartPole-v1", "Pendulum-v1", "Test/Image-v0", "ALE/Pung-v5"],
         flags={"total_timesteps": 700, "checkpoint_every": 256, "num_envs": 2, "eval_episodes": 1, "bf16": False},
     ),
     Family(
         suffix="_continuous",
         env_id="Pendulum-v1",
-        misspelt=("Pendulun-v1", "Pendulum-v1"),
-        wrong_actions=("CartPole-v1", ""),
-        wrong_spaces=[f"Test/{x}-v0" for x in ("DictContinuous", "ImageContinuous", "Unbounded", "MultiDiscrete")],
-        third_party="thirdparty:Continuous-v0",
+        spaces=(Box(-1, 1, (3,)), Box(np.array([-1, -2], np.float32), np.array([3, 0.5], np.float32))),
+        refused=["CartPole-v1", *(f"Test/{name}-v0" for name in ("DictContinuous", "ImageContinuous", *MISFITS))],
     ),
     Family(
         suffix="",
         env_id="CartPole-v1",
-        misspelt=("CartPol-v1", "CartPole-v1"),
-        wrong_actions=("Pendulum-v1", "_continuous"),
-        wrong_spaces=[f"Test/{x}-v0" for x in ("Dict", "Image", "FromOne", "MultiDiscrete")],
-        third_party="thirdparty:Discrete-v0",
+        spaces=(Box(-1, 1, (3,)), Discrete(4)),
+        refused=["Pendulum-v1", *(f"Test/{name}-v0" for name in ("Dict", "Image", *MISFITS))],
     ),
 ]
 
-TINY = {  # each is passed to the scripts that have it; together, a run of half a second with three checkpoints
+TINY = {  # each is passed to the scripts that have it; together, a run of less than a second with two checkpoints
     "seed": 1,
-    "total_timesteps": 6000,
-    "checkpoint_every": 1500,
-    "eval_episodes": 2,
+    "total_timesteps": 3000,
+    "checkpoint_every": 900,
+    "eval_episodes": 3,
     "device": "cpu",
     "torch_threads": 1,
     "learning_rate": 1e-3,
@@ -91,24 +88,15 @@ TINY = {  # each is passed to the scripts that have it; together, a run of half 
     # off-policy
     "batch_size": 32,
     "buffer_size": 2000,
-    "learning_starts": 500,
+    "learning_starts": 1100,  # after the first checkpoint
     "train_frequency": 4,
     "gradient_steps": 1,
+    "random_repeat": 8,
 }
 
 
 def family(script: str) -> Family:
     return next(family for family in FAMILIES if script.endswith(family.suffix))
-
-
-def has_replay(script: str) -> bool:
-    return "class Replay" in (ROOT / "algos" / f"{script}.py").read_text()
-
-
-# One script of each family, with and without replay. The text of "the run" is the same in every file (test_house), so
-# what only that can break and a process of its own must show is shown by these; what an algorithm can break is shown by
-# every script.
-REPRESENTATIVES = list({(family(name).suffix, has_replay(name)): name for name in reversed(SCRIPTS)}.values())
 
 
 def load(script: str) -> ModuleType:
@@ -131,63 +119,106 @@ def arguments(script: str, **changes) -> list[str]:
     words = []
     for name, value in tiny(script, **changes).items():
         flag = name.replace("_", "-")
-        words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+        if isinstance(value, bool):
+            words += [f"--{'' if value else 'no-'}{flag}"]
+        else:
+            values = [x for item in value.items() for x in item] if isinstance(value, dict) else [value]
+            words += [f"--{flag}", *map(str, values)]
     return words
 
 
 # ---------------------------------------------------------------------------------------------------- parts of a script
 
 
-SPACES = {  # by family: what the smallest agent sees and does
-    "": (Box(-1, 1, (3,)), Discrete(4)),
-    "_continuous": (Box(-1, 1, (3,)), Box(np.array([-1, -2], np.float32), np.array([3, 0.5], np.float32))),
-    "_atari": (Box(0, 255, (4, 84, 84), np.uint8), Discrete(4)),
-}
-
-
 def make_agent(script: str, **flags):
-    observation_space, action_space = SPACES[family(script).suffix]
-    envs = SimpleNamespace(single_observation_space=observation_space, single_action_space=action_space)
+    observation_space, action_space = family(script).spaces
+    envs = SimpleNamespace(single_observation_space=observation_space, single_action_space=action_space, num_envs=4)
     args = make_args(script, **flags)
     return load(script).Agent(envs, args), args
 
 
+def named(script: str, name: str) -> str:
+    """The id of a test environment that comes with either kind of action."""
+    return f"Test/{name}{'Continuous' * (family(script).suffix == '_continuous')}-v0"
+
+
 def counter_id(script: str) -> str:
-    return "Test/CounterContinuous-v0" if family(script).suffix == "_continuous" else "Test/Counter-v0"
-
-
-def learner(module: ModuleType) -> str:
-    """The function of a script that learns from a batch: many steps on it, or one."""
-    return "update" if hasattr(module, "update") else "gradient_step"
+    return named(script, "Counter")
 
 
 def tensors(*arrays):
     return [torch.from_numpy(np.asarray(array)) for array in arrays]
 
 
-def frozen(value) -> np.ndarray:
-    """A copy, because a rollout is written into the same memory as the one before."""
-    return value.numpy().copy() if isinstance(value, torch.Tensor) else np.array(value)
-
-
 # --------------------------------------------------------------------------------------------------- starting a script
 
 
-def start(script: str, *words, cwd: Path) -> subprocess.Popen:
-    """A script as a user starts it."""
+def on_step(module: ModuleType, change, patch=setattr) -> None:
+    """Environments of a script give change(steps so far, obs, rewards) instead of obs, rewards."""
+    make_envs, steps = module.make_envs, 0
 
-    def prepare():
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    def make_changed_envs(*args, **kwargs):
+        envs = make_envs(*args, **kwargs)
+        step = envs.step
 
-    return subprocess.Popen(
-        [sys.executable, ROOT / "algos" / f"{script}.py", *map(str, words)],
-        cwd=cwd,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=prepare,
-    )
+        def changed_step(actions):
+            nonlocal steps
+            obs, rewards, *rest = step(actions)
+            steps += len(rewards)
+            return *change(steps, obs, rewards), *rest
+
+        envs.step = changed_step
+        return envs
+
+    patch(module, "make_envs", make_changed_envs)
+
+
+def run_in_child(script: str, words: list[str], folder: Path, kill_after: tuple[str, int] | None) -> None:
+    """main() as the only thing in a process. kill_after=(file, n): SIGKILL n steps after this file is in the folder."""
+    os.chdir(folder.parent)
+    log = os.open(folder.with_suffix(".log"), os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(log, 1), os.dup2(log, 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.argv = [str(ROOT / "algos" / f"{script}.py"), *words]
+    seen = []
+
+    def kill(steps, obs, rewards):
+        seen.extend([steps] * (folder / kill_after[0]).exists())
+        if len(seen) > kill_after[1]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return obs, rewards
+
+    if kill_after:
+        on_step(load(script), kill)
+    load(script).main()
+
+
+# A process that is forked from one that has imported everything starts in milliseconds and not in four seconds.
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["torch._dynamo", "conftest", *(f"algos.{script}" for script in SCRIPTS)])
+
+
+def start(script: str, *words, folder: Path, kill_after: tuple[str, int] | None = None):
+    """A script in a process of its own, beside the run folder; what it prints goes to folder.log."""
+    words = [str(word) for word in words]
+    process = FORK.Process(target=run_in_child, args=(script, words, folder, kill_after), daemon=True)
+    process.start()
+    return process
+
+
+def exit_code(process) -> int:
+    process.join(TIMEOUT)
+    process.kill()
+    return process.exitcode
+
+
+def wait_for(path: Path, process) -> None:
+    """Until the process has written this file."""
+    end = time.monotonic() + TIMEOUT
+    while not path.exists():
+        assert process.is_alive(), f"ended before it wrote {path}"
+        assert time.monotonic() < end, f"no {path} after {TIMEOUT} s"
+        time.sleep(0.002)
 
 
 def finish(process: subprocess.Popen) -> SimpleNamespace:
@@ -205,27 +236,6 @@ def lives(pid: str) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
-
-
-def finish_well(process: subprocess.Popen) -> SimpleNamespace:
-    done = finish(process)
-    assert done.code == 0, done.err
-    return done
-
-
-def wait_for(path: Path, process: subprocess.Popen) -> None:
-    """Until the process has written this file."""
-    end = time.monotonic() + TIMEOUT
-    while not path.exists():
-        assert process.poll() is None, f"ended before it wrote {path}: {process.communicate()}"
-        assert time.monotonic() < end, f"no {path} after {TIMEOUT} s"
-        time.sleep(0.002)
-
-
-def kill(process: subprocess.Popen) -> None:
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL, "it ended before it could be killed"
 
 
 # ------------------------------------------------------------------------------------------------- reading a run folder
@@ -251,10 +261,9 @@ def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
 def saved_agent(script: str, folder: Path):
     """The agent of a finished run, and its Args, read as --evaluate reads them."""
     module = load(script)
-    args = module.Args(**module.read_args(folder))
-    envs, _ = module.start_envs(args, [0])
-    agent = module.Agent(envs, args)
-    agent.load_state_dict(safetensors.torch.load_file(folder / "agent.safetensors"))
+    args = module.Args(**json.loads((folder / "args.json").read_text())["args"])
+    agent = module.Agent(module.make_envs(args, 1), args)
+    safetensors.torch.load_model(agent, folder / "agent.safetensors")
     return agent, args
 
 
@@ -288,6 +297,7 @@ def leave_no_trace():
     yield
     signal.signal(signal.SIGTERM, handler)
     torch.set_num_threads(threads)
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(scope="session", params=SCRIPTS)
@@ -297,28 +307,35 @@ def script(request) -> str:
 
 @pytest.fixture(scope="session")
 def finished(script, tmp_path_factory) -> SimpleNamespace:
-    """A finished run of each script."""
+    """A run of the file alone, copied to an empty folder, by plain Python, with ASCII streams and an umlaut."""
     base = tmp_path_factory.mktemp(f"finished-{script}")
-    words = arguments(script, run_dir=base / "folder")
-    done = finish_well(start(script, *words, cwd=base))
-    return SimpleNamespace(base=base, words=words, out=done.out, folder=base / "folder")
+    shutil.copy(ROOT / "algos" / f"{script}.py", base)
+    words = arguments(script, run_dir=base / "ein Lauf, größer")
+    env = {name: value for name, value in os.environ.items() if name not in ("HOME", "PYTHONPATH")}
+    process = subprocess.Popen(
+        [sys.executable, f"{script}.py", *words],
+        cwd=base,
+        env=env | {"PYTHONIOENCODING": "ascii"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    done = finish(process)
+    assert done.code == 0, done.err
+    return SimpleNamespace(base=base, words=words, out=done.out, folder=base / "ein Lauf, größer")
 
 
 @pytest.fixture(scope="session")
 def unfinished(script, tmp_path_factory) -> Path:
-    """The same run, killed in an iteration after a checkpoint; of some also before the first one, and resumed."""
-    base = tmp_path_factory.mktemp(f"unfinished-{script}")
-    process = start(script, *arguments(script, run_dir=base / "run"), cwd=base)
-    if script in REPRESENTATIVES:
-        wait_for(base / "run" / "episodes.csv", process)
-        kill(process)
-        assert not (base / "run" / "checkpoint.pt").exists(), "it had its first checkpoint before it could be killed"
-        process = start(script, "--resume", base / "run", cwd=base)
-    wait_for(base / "run" / "checkpoint.pt", process)
-    time.sleep(0.05)
-    kill(process)
-    assert not (base / "run" / "result.json").exists(), "it ended before it could be killed"
-    return base / "run"
+    """The same run, killed before its first checkpoint, resumed, and killed at a random step after it."""
+    folder = tmp_path_factory.mktemp(f"unfinished-{script}") / "run"
+    words = arguments(script, run_dir=folder)
+    assert exit_code(start(script, *words, folder=folder, kill_after=("episodes.csv", 5))) == -signal.SIGKILL
+    assert not (folder / "checkpoint.pt").exists()
+    moment = "checkpoint.pt", random.randrange(tiny(script)["total_timesteps"] // 3 // tiny(script)["num_envs"])
+    assert exit_code(start(script, "--resume", folder, folder=folder, kill_after=moment)) == -signal.SIGKILL, moment
+    return folder
 
 
 @pytest.fixture
@@ -340,29 +357,26 @@ def call(monkeypatch, capfd, tmp_path):
         monkeypatch.setattr(sys, "argv", [f"algos/{script}.py", *map(str, words)])
         capfd.readouterr()
         code = 0
-        with warnings.catch_warnings(record=True) as seen:  # pytest's filters show less than a process does
-            warnings.simplefilter("always")
-            for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
-                warnings.simplefilter("ignore", category)
-            try:
-                load(script).main()
-            except SystemExit as end:
-                code = end.code
+        try:
+            load(script).main()
+        except SystemExit as end:
+            code = end.code
+        except Exception:
+            code = 1
+            traceback.print_exc()
         out, err = capfd.readouterr()
-        return SimpleNamespace(code=code, out=out, err=err + "".join(f"{warning.message}\n" for warning in seen))
+        return SimpleNamespace(code=code, out=out, err=err)
 
     return call
 
 
 @pytest.fixture
-def train(monkeypatch, tmp_path):
-    """train(script, **flags) -> the run folder; train() in this process, without a command line."""
+def train(tmp_path):
+    """train(script, **flags) -> the run folder; train() in this process. checkpoint_every=0: no checkpoint."""
 
     def train(script: str, folder: str = "run", **flags) -> Path:
-        args = make_args(script, run_dir=str(tmp_path / folder), **flags)
-        args.checkpoint_every = args.checkpoint_every or args.total_timesteps
-        monkeypatch.setattr(sys, "argv", [f"algos/{script}.py"])
-        load(script).train(args)
+        flags["checkpoint_every"] = flags.get("checkpoint_every", TINY["checkpoint_every"]) or 10**9
+        load(script).train(make_args(script, run_dir=str(tmp_path / folder), **flags))
         return tmp_path / folder
 
     return train
@@ -370,27 +384,8 @@ def train(monkeypatch, tmp_path):
 
 @pytest.fixture
 def spoil(monkeypatch):
-    """spoil(module, change): environments give change(steps so far, obs, rewards) instead of obs, rewards."""
-
-    def spoil(module, change) -> None:
-        original, steps = module.start_envs, 0
-
-        def start_broken_envs(*args, **kwargs):
-            envs, obs = original(*args, **kwargs)
-            step = envs.step
-
-            def broken_step(actions):
-                nonlocal steps
-                steps += len(actions)
-                obs, rewards, *rest = step(actions)
-                return *change(steps, obs, rewards), *rest
-
-            envs.step = broken_step
-            return envs, obs
-
-        monkeypatch.setattr(module, "start_envs", start_broken_envs)
-
-    return spoil
+    """spoil(module, change): on_step for the length of a test."""
+    return lambda module, change: on_step(module, change, monkeypatch.setattr)
 
 
 @pytest.fixture
@@ -412,40 +407,6 @@ def spy(monkeypatch):
         return calls
 
     return spy
-
-
-@pytest.fixture
-def rollouts(monkeypatch):
-    """rollouts(script) -> a list that fills with (batch, arguments of gae, if it has one); nothing is learned.
-
-    Of PPO the batch is what its gradient would be given for all rows at once.
-    """
-
-    def watch(script: str) -> list[tuple[list, dict]]:
-        module, found, inputs = load(script), [], [{}]
-
-        def learn(agent, optimizer, loss_fn, batch, args):
-            if hasattr(module, "ppo_gradient"):
-                batch = loss_fn(agent, args, *batch)
-            found.append(([frozen(x) for x in batch], inputs[-1]))
-            return {name: 0.0 for name in module.METRICS}
-
-        if hasattr(module, "ppo_gradient"):
-            monkeypatch.setattr(module, "ppo_gradient", lambda agent, args, *minibatch: minibatch)
-
-        if hasattr(module, "gae"):
-            original, signature = module.gae, inspect.signature(module.gae)
-
-            def gae(*args):
-                inputs.append({name: frozen(value) for name, value in signature.bind(*args).arguments.items()})
-                return original(*args)
-
-            monkeypatch.setattr(module, "gae", gae)
-        monkeypatch.setattr(module, learner(module), learn)
-        monkeypatch.setattr(module, "evaluate", lambda args, agent: np.zeros(1))
-        return found
-
-    return watch
 
 
 @pytest.fixture

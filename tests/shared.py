@@ -1,77 +1,51 @@
-"""Keep same-named definitions the same: two functions or classes of one name in algos/ have one text.
+"""Keep what the scripts in algos/ share the same: the machinery, from the banner "The run" to the end of each file.
 
-    python tests/shared.py                          # list the definitions that differ between files
-    python tests/shared.py algos/ppo.py             # copy all shared definitions of ppo.py into the other files
-    python tests/shared.py algos/ppo.py gae Run     # copy these two
-
-A file is shared-nothing: it can be copied out of the repository and changed. The price is that a fix has to reach
-every file that repeats the fixed part, and this is what makes that one command.
+python tests/shared.py                  # list what differs
+python tests/shared.py algos/ppo.py     # copy the machinery of ppo.py into the other scripts
 """
 
 import ast
 import sys
+from collections import Counter
 from pathlib import Path
 
 ALGOS = Path(__file__).resolve().parent.parent / "algos"
-
-MAY_DIFFER = {  # what belongs to the algorithm or to the family of environments
-    "Args",
-    "Agent",
-    "Critics",
-    "a2c_loss",
-    "log_prob_and_entropy",
-    "ppo_loss",
-    "start_envs",
-    "to_tensor",
-    "frame",
-    "train",
-}
+BANNER = "\n# ------------------- The run: "
+MAY_DIFFER = set("Args Agent Adapter Critics ReplayBuffer mlp make_envs a2c_loss ppo_loss train".split())
 
 
-def definitions(path: Path) -> dict[str, tuple[int, int, str]]:
-    """Top-level functions and classes of a file: name -> first line, line after the last, text."""
-    text = path.read_text()
-    lines = text.splitlines(keepends=True)
-    found = {}
-    for node in ast.parse(text).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) - 1
-            found[node.name] = (first, node.end_lineno, "".join(lines[first : node.end_lineno]))
-    return found
+def split(path: Path) -> tuple[str, str]:
+    """The reader's half of a script and its machinery, which begins with the banner."""
+    own, banner, rest = path.read_text().partition(BANNER)
+    return own, banner + rest
 
 
 def drift(folder: Path = ALGOS) -> list[str]:
-    """One line for each definition that differs from the one of the same name in an earlier file."""
-    seen, lines = {}, []
-    for path in sorted(folder.glob("*.py")):
-        for name, (_, _, text) in definitions(path).items():
-            if name not in MAY_DIFFER:
-                first = seen.setdefault(name, (path.name, text))
-                if first[1] != text:
-                    lines.append(f"{name}: {path.name} differs from {first[0]}")
-    return lines
+    """Scripts whose machinery is not that of most, and definitions that differ from those of the same name."""
+    scripts = {path: split(path) for path in sorted(folder.glob("*.py"))}
+    usual = Counter(machinery for _, machinery in scripts.values()).most_common(1)[0][0]
+    found, first = [path.name for path, (_, machinery) in scripts.items() if machinery != usual], {}
+    for path, (own, _) in scripts.items():
+        for node in ast.parse(own).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name not in MAY_DIFFER:
+                name, text = first.setdefault(node.name, (path.name, ast.get_source_segment(own, node)))
+                if text != ast.get_source_segment(own, node):
+                    found.append(f"{node.name} in {path.name} and {name}")
+    return found
 
 
-def copy(source: Path, names: list[str], folder: Path = ALGOS) -> list[str]:
-    """Copy definitions of `source` over those of the same name in the other files; returns what was changed."""
-    ours, changed = definitions(source), []
-    for name in names or ours:
-        if name not in ours:
-            sys.exit(f"error: {source} has no top-level definition {name}")
-        for path in sorted(folder.glob("*.py")):
-            theirs = definitions(path)
-            if name in theirs and name not in MAY_DIFFER and theirs[name][2] != ours[name][2]:
-                lines = path.read_text().splitlines(keepends=True)
-                lines[theirs[name][0] : theirs[name][1]] = [ours[name][2]]
-                path.write_text("".join(lines))
-                changed.append(f"{name}: {source.name} -> {path.name}")
+def copy(source: Path) -> list[str]:
+    """Copy the machinery of a script into the others of its folder that have one. Returns the names of those."""
+    ours, changed = split(source)[1], []
+    if not ours:
+        sys.exit(f'error: {source} has no banner "The run"')
+    for path in sorted(source.parent.glob("*.py")):
+        own, machinery = split(path)
+        if machinery and machinery != ours:
+            path.write_text(own + ours)
+            changed.append(path.name)
     return changed
 
 
 if __name__ == "__main__":
-    if any(word.startswith("-") for word in sys.argv[1:]):
-        print(__doc__)
-    elif len(sys.argv) == 1:
-        print("\n".join(drift()) or "no drift")
-    else:
-        print("\n".join(copy(Path(sys.argv[1]).resolve(), sys.argv[2:])) or "nothing to copy")
+    print("\n".join(copy(Path(sys.argv[1])) if sys.argv[1:] else drift()) or "nothing differs")
