@@ -158,7 +158,8 @@ class Agent(nn.Module):
     @torch.no_grad()
     def sample(self, obs: Tensor) -> Tensor:
         """Actions sampled from the policy, raw observations: (N, D) -> (N, A)."""
-        return torch.normal(self.actor(self.normalize(obs)), self.log_std.exp())
+        mean = self.actor(self.normalize(obs))
+        return mean + self.log_std.exp() * torch.randn_like(mean)
 
     @torch.no_grad()
     def act(self, obs: Tensor) -> Tensor:
@@ -262,7 +263,6 @@ def ppo_loss(agent, args, obs, actions, old_logprobs, advantages, returns, old_v
 
 def train(args: Args) -> None:
     """PPO, algorithm 1: collect T steps in each of N environments, optimize for K epochs, repeat."""
-    prepare(args)
     T, N, device = args.num_steps, args.num_envs, args.device
     envs, current_obs = start_envs(args, "train", 0, N)  # seeds everything
     agent = Agent(envs, args).to(device)
@@ -334,29 +334,31 @@ def train(args: Args) -> None:
 
 
 def fail(message: str, code: int = 2) -> NoReturn:  # exit codes: 2 is bad input, 3 NaN or inf, 130 an interrupt
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", *message.split(), file=sys.stderr)
     sys.exit(code)
 
 
-def prepare(args: Args) -> None:  # name the run folder, before an environment can call os.chdir; check the device
+def close(envs: gym.vector.VectorEnv | None) -> None:
+    try:
+        envs and envs.close()
+    except Exception as error:  # not worth losing a run
+        print(f"warning: an environment failed to close: {error!r}", file=sys.stderr)
+
+
+def start_envs(args: Args, stream: str, step: int, num_envs: int, old_envs=None, render: bool = False):
+    """Replace `old_envs`. All random numbers restart from (seed, step), so that checkpoints need not hold any state."""
     name = re.sub("[^A-Za-z0-9.-]+", "-", args.env_id) + f"__{Path(__file__).stem}__{args.seed}"
     args.run_dir = os.path.abspath(args.run_dir or time.strftime(f"runs/{name}__%Y%m%dT%H%M%SZ", time.gmtime()))
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: PyTorch finds no GPU")
     torch.set_num_threads(args.torch_threads or torch.get_num_threads())
-
-
-def start_envs(args: Args, stream: str, step: int, num_envs: int, old_envs=None, render: bool = False):
-    """Replace `old_envs`. All random numbers restart from (seed, step), so that checkpoints need not hold any state."""
-    try:
-        old_envs and old_envs.close()
-    except Exception as error:  # not worth losing a run
-        print(f"warning: an environment failed to close: {error!r}", file=sys.stderr)
+    close(old_envs)
     envs = make_envs(args, num_envs, render)
     seed = int(np.random.SeedSequence([args.seed, step, *stream.encode()]).generate_state(1)[0]) >> 1
     for seed_library in (random.seed, np.random.seed, torch.manual_seed):
         seed_library(seed)
-    torch.set_default_dtype(torch.float32)  # a package with environments may have changed it
+    torch.set_default_dtype(torch.float32)  # a package with environments may have changed these two
+    torch.set_grad_enabled(True)
     for i, env in enumerate(envs.envs):
         for space in (env.action_space, env.unwrapped.action_space, env.unwrapped.observation_space):
             space.seed(seed + i)
@@ -364,17 +366,15 @@ def start_envs(args: Args, stream: str, step: int, num_envs: int, old_envs=None,
 
 
 def write_atomically(path: Path, write) -> None:  # a crash leaves the old file or the new one
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name("." + path.name)
     write(temporary)
     temporary.replace(path)
 
 
-class Run:
-    """The run folder: args.json, a copy of the script, episodes.csv, TensorBoard events, checkpoint.pt, results."""
-
+class Run:  # the run folder: args.json, a copy of the script, episodes.csv, TensorBoard events, checkpoint.pt, results
     def __init__(self, args: Args, **parts) -> None:  # parts: all that a resume restores, each with a state_dict
         self.args, self.parts, self.path, script = args, parts, Path(args.run_dir), Path(__file__)
-        if not args.resume and self.path.exists() and {*os.listdir(self.path)} - {".lock", "episodes.csv", script.name}:
+        if not args.resume and {path.name for path in self.path.glob("[!.]*")} - {"episodes.csv", script.name}:
             fail(f"{self.path} exists: continue it with --resume, or choose another --run-dir")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -405,10 +405,11 @@ class Run:
         self.writer = SummaryWriter(self.path, purge_step=self.start_step + 1)  # hides what a killed run logged later
         self.bar = tqdm(total=args.total_timesteps, initial=state["step"], mininterval=1 if sys.stderr.isatty() else 60)
 
-    def checkpoint(self, step: int, last: bool = False) -> bool:
-        """Save every `checkpoint_every` steps. True then and after a resume: the environments have to restart."""
+    def checkpoint(self, step: int, last: bool = False) -> bool:  # True: the environments have to restart
         if step < self.next_checkpoint and not last:
             return False
+        if not all(weights.isfinite().all() for weights in self.parts["agent"].parameters()):
+            fail(f"{self.path} diverged before step {step}: NaN or inf in the weights", code=3)
         if self.lengths.max() * self.args.num_envs >= step - self.start_step > 0:
             self.bar.write("warning: discarded an episode as long as the run or --checkpoint-every", sys.stderr)
         self.start_step, self.next_checkpoint = step, step + self.args.checkpoint_every
@@ -474,10 +475,10 @@ def evaluate(args: Args, agent: nn.Module, envs: gym.vector.VectorEnv, video=Non
             running[rows] &= ~(terminations | truncations)
             if not running[rows].any():
                 break
-    result = {"eval_return_mean": returns.mean(), "eval_return_std": returns.std(), "eval_episodes": len(returns)}
-    note = f" ({running.sum()} truncated after 30,000 steps)" if running.any() else ""
-    print(f"{args.run_dir}: return {returns.mean():.1f} +- {returns.std():.1f} in {len(returns)} episodes{note}")
-    return result | {"eval_truncated": int(running.sum())}
+    close(envs)
+    mean, std, truncated = returns.mean(), returns.std(), int(running.sum())
+    print(f"{args.run_dir}: return {mean:.1f} +- {std:.1f} in {len(returns)} episodes, {truncated} over 30,000 steps")
+    return dict(eval_return_mean=mean, eval_return_std=std, eval_episodes=len(returns), eval_truncated=truncated)
 
 
 def record_video(args: Args, agent: nn.Module, envs: gym.vector.VectorEnv) -> None:
@@ -512,7 +513,6 @@ def main() -> None:
     try:
         if not args.evaluate:
             return train(args)
-        prepare(args)
         envs, _ = start_envs(args, "eval", 0, 1)
         agent = Agent(envs, args).to(args.device).eval()
         safetensors.torch.load_model(agent, Path(args.run_dir, "agent.safetensors"))
@@ -522,8 +522,8 @@ def main() -> None:
     except KeyboardInterrupt:
         fail("interrupted" if args.evaluate else f"interrupted: --resume {args.run_dir} continues it", code=130)
     except Exception as error:
-        if isinstance(error, MemoryError) or re.search("No space|argument.+creator|Error.+loading", str(error)):
-            fail(" ".join(str(error).split()))
+        if re.search("MemoryError|Allocator|out of memory|No space|StreamWriter|t.creator|s. in loading", repr(error)):
+            fail(str(error) or repr(error))
         error.add_note("If the error is in your environment, gymnasium.utils.env_checker.check_env may explain it.")
         raise
 

@@ -149,7 +149,7 @@ def test_kill_and_resume_give_the_same_bits(script, finished, unfinished, copy, 
     folder = copy(unfinished)
     assert 0 < read_checkpoint(folder)["step"] < tiny(script)["total_timesteps"]
     assert not (folder / "result.json").exists() and not (folder / "agent.safetensors").exists()
-    (folder / "checkpoint.pt.tmp").write_bytes((folder / "checkpoint.pt").read_bytes()[:1000])
+    (folder / ".checkpoint.pt").write_bytes((folder / "checkpoint.pt").read_bytes()[:1000])
     with (folder / "episodes.csv").open("a") as file:
         file.write("99999,1.0,-")
     args_json = (folder / "args.json").read_bytes()
@@ -178,7 +178,7 @@ def test_killed_while_it_started(script, finished, unfinished, copy, call, tmp_p
     assert call(script, "--resume", folder).code == 0
     assert bits(folder) == bits(finished.folder)
     (tmp_path / "run").mkdir()
-    for name in (".lock", "episodes.csv", script_name, f"{script_name}.tmp", "args.json.tmp"):
+    for name in (".lock", "episodes.csv", script_name, f".{script_name}", ".args.json"):
         (tmp_path / "run" / name).touch()
     done = call(script, *arguments(script, run_dir="run"))
     assert done.code == 0 and bits(tmp_path / "run") == bits(finished.folder), done.err
@@ -333,7 +333,7 @@ def test_episodes_without_an_end(script, call, tmp_path):
     done = call(script, *words, "--env-kwargs", "length", 10**6)
     assert done.code == 0 and 1 <= done.err.count("warning") <= 4, done.err
     result = read_json(tmp_path / "run", "result.json")
-    assert (result["final_return"], result["eval_truncated"]) == (None, 1) and "truncated" in done.out
+    assert (result["final_return"], result["eval_truncated"]) == (None, 1) and "1 over 30,000 steps" in done.out
 
 
 # ---------------------------------------------------------------------------------------------- environments of users

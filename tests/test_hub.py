@@ -35,7 +35,7 @@ def write_run(folder: Path, seed: int = 1, finished: bool = True, **described) -
     (folder / "episodes.csv").write_text("step,seconds,return,length\n" + "".join(rows))
     (folder / "events.out.tfevents.1.host.2").write_bytes(bytes(range(256)) * 9)
     (folder / "checkpoint.pt").write_bytes(os.urandom(5000))
-    (folder / "checkpoint.pt.tmp").write_bytes(b"half")
+    (folder / ".checkpoint.pt").write_bytes(b"half")
     (folder / ".lock").touch()
     if finished:
         (folder / "agent.safetensors").write_bytes(os.urandom(3000))
@@ -51,7 +51,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def pushed(folder: Path) -> dict[str, bytes]:
     """What of a folder goes to the Hub."""
-    left_out = {"checkpoint.pt.tmp", ".lock"} | ({"checkpoint.pt"} if (folder / "result.json").exists() else set())
+    left_out = {".checkpoint.pt", ".lock"} | ({"checkpoint.pt"} if (folder / "result.json").exists() else set())
     return {path: data for path, data in content(folder).items() if path not in left_out}
 
 
