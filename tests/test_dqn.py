@@ -47,23 +47,24 @@ def through_a_file(replay, path):
 # ------------------------------------------------------------------------------------------------------------- uniform
 
 
-def uniform(script: str, size: int, N: int, steps: int):
-    """A buffer after some steps; transition k has obs (k, 0), action k % 5, reward -k, next_obs (k, 1)."""
-    replay = load(script).ReplayBuffer(size, spaces(N))
-    for k in np.arange(steps * N).reshape(steps, N):
+def fill(replay, N: int, steps: range) -> None:
+    """Transition k has obs (k, 0), action k % 5, reward -k, next_obs (k, 1)."""
+    for step in steps:
+        k = N * step + np.arange(N)
         replay.add(np.stack([k, 0 * k], 1), k % 5, -k, np.stack([k, 0 * k + 1], 1), k % 3 == 0)
-    return replay
 
 
 @pytest.mark.parametrize("script", [name for name in REPLAY if name not in PER])
 @pytest.mark.parametrize("N, size", [(1, 1), (1, 20), (3, 10), (4, 7)])
 @pytest.mark.parametrize("steps", [1, 2, 3, 50])
 def test_replay_holds_the_last_transitions_whole(script, N, size, steps, tmp_path, rng):
-    replay = uniform(script, size, N, steps)
-    other = load(script).ReplayBuffer(size, spaces(N))
+    """Also one that was loaded before the last step."""
+    replay, other = (load(script).ReplayBuffer(size, spaces(N)) for _ in range(2))
+    fill(replay, N, range(steps - 1))
     other.load_state_dict(through_a_file(replay, tmp_path / "state"))
     samples = []
     for one in (replay, other):
+        fill(one, N, range(steps - 1, steps))
         np.random.seed(1)
         samples.append(one.sample(20_000, "cpu"))
     torch.testing.assert_close(*samples, rtol=0, atol=0)

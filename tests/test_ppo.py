@@ -12,7 +12,7 @@ import pytest
 import torch
 from ale_py.vector_env import AtariVectorEnv
 from conftest import SCRIPTS, counter_id, episodes, family, load, make_agent, make_args, saved_agent, tensors
-from environments import Counter, FakeChoices, FakeGames, Misfit
+from environments import Counter, FakeGames, Misfit
 from gymnasium.spaces import Box
 from torch import nn
 from torch.distributions import Categorical, Independent, Normal
@@ -498,6 +498,15 @@ def test_large_observations_are_told_apart(script, rollouts):
 # --------------------------------------------------------------------------------------------------------------- Atari
 
 
+class ExtraLives(FakeGames):
+    """After 8 steps of a game it has 3 lives more, so that the next game begins with fewer."""
+
+    def step(self, actions):
+        *results, infos = super().step(actions)
+        infos["lives"] += 3 * (self.t >= 8)
+        return *results, infos
+
+
 @pytest.mark.parametrize("life_loss", [False, True])
 @pytest.mark.parametrize("script", ATARI)
 def test_games_hold_what_happened(script, life_loss, rollouts, monkeypatch):
@@ -508,7 +517,7 @@ def test_games_hold_what_happened(script, life_loss, rollouts, monkeypatch):
         return self.actor.weight.sum() * torch.zeros(len(obs), 3), obs[:, -1, 0, 0] * 100.0 + obs[:, -1, 0, 1]
 
     monkeypatch.setattr(module.Agent, "forward", forward)
-    FakeGames.install(monkeypatch, module)
+    ExtraLives.install(monkeypatch, module)
     FakeGames.made.clear()
     folder, found = rollouts(script, T, N, iterations, env_id="ALE/Pong-v5", life_loss=life_loss)
     games, length = FakeGames.made[0], 10 + np.arange(N)
@@ -551,7 +560,7 @@ def test_frames_are_normalized(script, norm_obs, rng):
 @pytest.mark.parametrize("script", ATARI)
 def test_statistics_of_frames(script, rollouts, monkeypatch):
     """Of the newest frame of every eighth step; saved, and unchanged by evaluation."""
-    FakeChoices.install(monkeypatch, load(script))
+    FakeGames.install(monkeypatch, load(script))
     folder, found = rollouts(script, 16, 3, 2, env_id="ALE/Pong-v5", norm_obs=True)
     agent, _ = saved_agent(script, folder)
     frames = np.concatenate([x.obs[::8, :, -1] for x in found]).reshape(-1, 84, 84) / 255

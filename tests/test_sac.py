@@ -79,13 +79,14 @@ def test_logprob_is_that_of_the_transformed_distribution(script, rng):
 
 @pytest.mark.parametrize("script", CONTINUOUS)
 def test_logprob_is_finite_where_tanh_is_one(script):
-    u = torch.tensor([[-20.0], [20.0]], requires_grad=True)
+    u = torch.tensor([[-90.0], [-20.0], [20.0], [90.0]], requires_grad=True)
     assert u.tanh().abs().eq(1).all()
-    logprobs = load(script).tanh_logprob(u, torch.zeros(2, 1), torch.zeros(2, 1))
+    logprobs = load(script).tanh_logprob(u, *torch.zeros(2, 4, 1))
     # 1 - tanh(u)^2 = 4 / (e^u + e^-u)^2, which is 4 e^-2|u| for a large |u|
-    assert logprobs.tolist() == pytest.approx([-0.5 * math.log(2 * math.pi) - math.log(4) + 40] * 2)
+    expected = [-0.5 * math.log(2 * math.pi) - math.log(4) + 2 * abs(x) for x in (-90, -20, 20, 90)]
+    assert logprobs.tolist() == pytest.approx(expected)
     logprobs.sum().backward()
-    assert u.grad.flatten().tolist() == pytest.approx([-2, 2])
+    assert u.grad.flatten().tolist() == pytest.approx([-2, -2, 2, 2])
 
 
 @pytest.mark.parametrize("script", CONTINUOUS)
@@ -347,6 +348,15 @@ def test_random_actions_are_repeated(script, random_repeat, play):
         actions = np.array(env.actions)  # (100, 2)
         changed = (actions[1:] != actions[:-1]).any(1)
         np.testing.assert_array_equal(changed, np.arange(1, 100) % random_repeat == 0)
+
+
+@pytest.mark.parametrize("script", CONTINUOUS)
+def test_every_loss_has_new_noise(script, play, spy):
+    losses = [spy(load(script), name) for name in ("critic_loss", "actor_and_alpha_loss")]
+    play(script, total_timesteps=90, learning_starts=30)
+    noise = torch.cat([bound["noise"] for calls in losses for bound, _ in calls])
+    assert noise.shape == (2 * 20 * 8, 2) and len(noise.unique()) == noise.numel()
+    assert noise.mean().abs() < 0.2 and abs(noise.std() - 1) < 0.2
 
 
 # ------------------------------------------------------------------------------------------------------------ bfloat16
