@@ -289,7 +289,8 @@ def train(args: Args) -> None:
     agent = Agent(envs, args).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     loss_fn = torch.compile(ppo_loss) if args.compile else ppo_loss
-    obs = torch.zeros((T + 1, N, 4, 84, 84), dtype=torch.uint8, device=device)
+    obs = torch.zeros((T + 1, N, 84, 84, 4), dtype=torch.uint8, device=device)
+    obs = obs.permute(0, 1, 4, 2, 3)  # (T + 1, N, 4, 84, 84), with the channels last in memory: faster convolutions
     actions = torch.zeros((T, N), dtype=torch.int64, device=device)
     logprobs, values = torch.zeros((T, N), device=device), torch.zeros((T + 1, N), device=device)
     rewards = np.zeros((T, N), np.float32)
