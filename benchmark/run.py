@@ -301,8 +301,9 @@ def plan(job: Job, args: Args) -> tuple[Path | None, list[str]]:
     in_the_way = job.folder.is_dir() and any(job.folder.iterdir())
     if in_the_way and job.state == "waiting" and (job.folder / "args.json").exists() and takes(source, "resume"):
         if job.why_stale(args.scripts) is None:
-            copy = job.folder / Path(script).name  # what began the run continues it
-            return None, [sys.executable, shown(copy) if copy.exists() else script, "--resume", folder]
+            copy = job.folder / Path(script).name  # what began the run continues it; a rented machine has its own
+            is_ours = args.backend == "local" and copy.exists()
+            return None, [sys.executable, shown(copy) if is_ours else script, "--resume", folder]
     own = {"env-id": job.entry.env, "total-timesteps": job.entry.steps, "seed": job.seed, "run-dir": folder}
     extra = {"torch-threads": args.threads, "device": args.device}  # which a script of somebody else may not have
     own |= {name: value for name, value in extra.items() if value and takes(source, name.replace("-", "_"))}
