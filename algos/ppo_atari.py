@@ -7,10 +7,10 @@
 # ///
 """Proximal Policy Optimization (PPO) for Atari games.
 
-    uv run ppo_atari.py --env-id ALE/Pong-v5              # or: python ppo_atari.py
-    uv run ppo_atari.py --norm-obs --clip-coef 0.2 --num-envs 16 --num-minibatches 8 --no-clip-vloss    # learns Pong
-    uv run ppo_atari.py --resume runs/ALE-Pong-v5__ppo_atari__1__...
-    uv run ppo_atari.py --evaluate runs/ALE-Pong-v5__ppo_atari__1__... --video
+    uv run ppo_atari.py --env-id ALE/Breakout-v5          # or: python ppo_atari.py
+    uv run ppo_atari.py --env-id ALE/Pong-v5 --norm-obs --clip-coef .2 --num-envs 16 --num-minibatches 8 --no-clip-vloss
+    uv run ppo_atari.py --resume runs/ALE-Breakout-v5__ppo_atari__1__...
+    uv run ppo_atari.py --evaluate runs/ALE-Breakout-v5__ppo_atari__1__... --video
 
 Papers: Schulman et al. 2017 (PPO, arXiv:1707.06347) and 2016 (GAE, arXiv:1506.02438); Mnih et al. 2015, Nature 518 (the
 network); Machado et al. 2018 (sticky actions, arXiv:1709.06009); Huang et al. 2022 (37 details).
@@ -56,7 +56,7 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    env_id: str = "ALE/Pong-v5"  # Gymnasium id of an Atari game: ALE/Name-v5
+    env_id: str = "ALE/Breakout-v5"  # Gymnasium id of an Atari game: ALE/Name-v5
     seed: int = 1  # random seed
     total_timesteps: int = 10_000_000  # environment steps, summed over all environments
     env_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)  # for gym.make: name value name value
@@ -307,26 +307,26 @@ def train(args: Args) -> None:
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - global_step / args.total_timesteps)
 
         # Collect a rollout
-        final_obs = []  # of truncated episodes
-        with torch.autocast(device, enabled=False):  # inner autocasts share converted weights: no update here
-            for t in range(T):
-                obs[t] = torch.from_numpy(current_obs)
-                actions[t], logprobs[t], values[t] = agent.sample(obs[t])
-                current_obs, reward, game_over, truncations[t], infos = envs.step(actions[t].cpu().numpy())
-                if truncations[t].any():
-                    final_obs.append(infos["final_obs"][truncations[t]])
-                global_step += N
-                run.record(global_step, reward, game_over | truncations[t])
-                lost_life = (infos["lives"] < lives) & ~truncations[t] & args.life_loss
-                rewards[t], terminations[t], lives = np.sign(reward), game_over | lost_life, infos["lives"]
-            obs[T] = torch.from_numpy(current_obs)
-            values[T] = agent.value(obs[T])
-            next_values = values[1:].clone()
-            if final_obs:
-                b_final_obs = torch.from_numpy(np.concatenate(final_obs)).to(device)  # ordered by (t, n), as below
-                next_values[torch.from_numpy(truncations).to(device)] = agent.value(b_final_obs)
+        final_obs = []  # of truncated games, in the order of (t, n)
+        for t in range(T):
+            obs[t] = torch.from_numpy(current_obs)
+            actions[t], logprobs[t], values[t] = agent.sample(obs[t])
+            current_obs, reward, game_over, truncations[t], infos = envs.step(actions[t].cpu().numpy())
+            if truncations[t].any():
+                final_obs.append(infos["final_obs"][truncations[t]])
+            global_step += N
+            run.record(global_step, reward, game_over | truncations[t])
+            lost_life = (infos["lives"] < lives) & ~truncations[t] & args.life_loss  # a new game has all its lives
+            rewards[t], terminations[t] = np.sign(reward), game_over | lost_life
+            lives = infos["lives"]
 
-        # Compute the advantages
+        # Compute the advantages. The next value is that of the next step or, where truncated, of the final observation
+        obs[T] = torch.from_numpy(current_obs)
+        values[T] = agent.value(obs[T])
+        next_values = values[1:].clone()
+        if final_obs:
+            b_final_obs = torch.from_numpy(np.concatenate(final_obs)).to(device)
+            next_values[torch.from_numpy(truncations).to(device)] = agent.value(b_final_obs)
         b_rewards, b_terminations, b_dones = (
             torch.from_numpy(x).to(device) for x in (rewards, terminations, terminations | truncations)
         )
@@ -347,7 +347,8 @@ def train(args: Args) -> None:
             if 0 < args.target_kl < metrics["losses/approx_kl"]:
                 break
         if args.norm_obs:  # not earlier: the gradient steps have to see what the policy saw
-            agent.obs_stats.update(obs[:-1:8, :, -1].flatten(0, 1).double() / 255)
+            newest_frames = obs[:-1:8, :, -1]  # of every eighth step, which is enough
+            agent.obs_stats.update(newest_frames.flatten(0, 1).double() / 255)
 
         explained = 1 - (returns - values[:-1]).var(correction=0) / (returns.var(correction=0) + 1e-8)
         charts = {"charts/learning_rate": optimizer.param_groups[0]["lr"], "losses/explained_variance": explained}
