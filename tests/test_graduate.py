@@ -79,7 +79,7 @@ def test_from_a_run_to_a_link_that_can_be_verified(house, call):
     again = call(graduate, *run)
     assert again.code == 0 and "0 to graduate" in again.out and "3 are there" in again.out
 
-    make_run(house, seed=2, final=499.0, started="Mon Feb  2 00:00:00 2026")  # made anew: the old link is not its own
+    make_run(house, seed=2, final=499.0, started="Mon Feb  2 00:00:00 2026")  # run again: the old link is not its own
     assert call(report, *house.words).code == 0
     assert f"[1]({url}1)" in page(house) and f"({url}2)" not in page(house)
     assert call(graduate, *run).code == 1  # the development repository has the old one still
