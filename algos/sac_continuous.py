@@ -277,17 +277,18 @@ def critic_loss(agent, target, args, noise, obs, actions, rewards, next_obs, ter
     return loss, {"losses/qf_loss": loss.detach(), "losses/q_values": q_values.detach().mean()}
 
 
-def actor_and_alpha_loss(agent, noise, obs) -> tuple[Tensor, dict[str, Tensor]]:
-    """SAC eq. 9 for the actor plus eq. 18, on log alpha, for the temperature, on B states. Returns loss and metrics.
-
-    The actor minimizes alpha log pi(a|s) - min_i Q_i(s, a). Alpha rises where the entropy is below its target, -dim(A).
-    """
+def actor_loss(agent, noise, obs) -> tuple[Tensor, dict[str, Tensor]]:
+    """SAC eq. 9 on B states: alpha log pi(a|s) - min_i Q_i(s, a). Returns the loss and the metrics to log."""
     actions, logprobs = agent.action_and_logprob(obs, noise)
-    alpha, entropy = agent.log_alpha.exp().detach(), -logprobs.detach().mean()
-    policy_loss = (alpha * logprobs - agent.critics(obs, actions).amin(0)).mean()
-    alpha_loss = agent.log_alpha * (entropy + actions.shape[-1])
-    metrics = {"losses/actor_loss": policy_loss.detach(), "losses/entropy": entropy, "losses/alpha": alpha}
-    return policy_loss + alpha_loss, metrics
+    alpha = agent.log_alpha.exp().detach()
+    loss = (alpha * logprobs - agent.critics(obs, actions).amin(0)).mean()
+    metrics = {"losses/actor_loss": loss.detach(), "losses/entropy": -logprobs.detach().mean(), "losses/alpha": alpha}
+    return loss, metrics
+
+
+def alpha_loss(agent, entropy: Tensor, target_entropy: float) -> Tensor:
+    """SAC eq. 18, on log alpha: alpha rises where the policy's entropy is below its target."""
+    return agent.log_alpha * (entropy - target_entropy)
 
 
 def train(args: Args) -> None:
@@ -296,16 +297,16 @@ def train(args: Args) -> None:
     envs, obs = start_envs(args, "train", 0, N)  # seeds everything
     agent = Agent(envs, args).to(device)
     target = deepcopy(agent.critics).requires_grad_(False)
-    actor_parameters = [*agent.actor.parameters(), *([agent.log_alpha] if args.autotune else [])]
+    actor_parameters = list(agent.actor.parameters())
     q_optimizer = torch.optim.Adam(agent.critics.parameters(), lr=args.q_lr, fused=True)
-    actor_group = {"params": agent.actor.parameters(), "lr": args.policy_lr}
-    alpha_group = {"params": [agent.log_alpha], "lr": args.q_lr}
-    actor_optimizer = torch.optim.Adam([actor_group, alpha_group], fused=True)
+    actor_optimizer = torch.optim.Adam(actor_parameters, lr=args.policy_lr, fused=True)
+    alpha_optimizer = torch.optim.Adam([agent.log_alpha], lr=args.q_lr, fused=True)
     replay = ReplayBuffer(args.buffer_size, envs)
+    target_entropy = -envs.single_action_space.shape[0]  # -dim(A)
     critic_loss_fn = torch.compile(critic_loss) if args.compile else critic_loss
-    actor_loss_fn = torch.compile(actor_and_alpha_loss) if args.compile else actor_and_alpha_loss
-    parts = {"agent": agent, "target": target, "replay": replay}
-    run = Run(args, **parts, q_optimizer=q_optimizer, actor_optimizer=actor_optimizer)  # with --resume, restores all
+    actor_loss_fn = torch.compile(actor_loss) if args.compile else actor_loss
+    optimizers = {"q_optimizer": q_optimizer, "actor_optimizer": actor_optimizer, "alpha_optimizer": alpha_optimizer}
+    run = Run(args, agent=agent, target=target, replay=replay, **optimizers)  # with --resume, restores all
     global_step, history, actions = run.start_step, [], None
 
     while global_step < args.total_timesteps:
@@ -315,7 +316,7 @@ def train(args: Args) -> None:
         if args.anneal_lr:
             scale = 1 - global_step / args.total_timesteps
             actor_optimizer.param_groups[0]["lr"] = args.policy_lr * scale
-            actor_optimizer.param_groups[1]["lr"] = q_optimizer.param_groups[0]["lr"] = args.q_lr * scale
+            q_optimizer.param_groups[0]["lr"] = alpha_optimizer.param_groups[0]["lr"] = args.q_lr * scale
 
         # Act
         if global_step >= args.learning_starts:
@@ -343,6 +344,10 @@ def train(args: Args) -> None:
                 actor_optimizer.zero_grad()
                 loss.backward(inputs=actor_parameters)  # not the critics' weights
                 actor_optimizer.step()
+                if args.autotune:
+                    alpha_optimizer.zero_grad()
+                    alpha_loss(agent, actor_metrics["losses/entropy"], target_entropy).backward()
+                    alpha_optimizer.step()
                 history.append(critic_metrics | actor_metrics)
                 update_target(target, agent.critics, args.tau)
 

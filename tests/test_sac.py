@@ -131,21 +131,28 @@ def test_critic_loss_equals_its_definition(script, rng):
 
 
 @pytest.mark.parametrize("script", CONTINUOUS)
-def test_actor_and_alpha_loss_equals_its_definition(script, rng):
-    """The actor sees nothing of the temperature's loss, and the temperature nothing of the actor's."""
+def test_actor_loss_equals_its_definition(script, rng):
     agent, _, _ = make_parts(script)
     obs, noise = torch.randn(B, 3), torch.randn(B, 2)
     actions, logprobs = agent.action_and_logprob(obs, noise)
     q1, q2 = agent.critics(obs, actions)
     assert 0 < (q1 < q2).sum() < B
     expected = sum(math.exp(-0.7) * logprobs[i] - (q1[i] if q1[i] < q2[i] else q2[i]) for i in range(B)) / B
-    loss, metrics = load(script).actor_and_alpha_loss(agent, noise, obs)
-    entropy = -logprobs.mean().item()
-    values = {"actor_loss": expected.item(), "entropy": entropy, "alpha": math.exp(-0.7)}
+    loss, metrics = load(script).actor_loss(agent, noise, obs)
+    values = {"actor_loss": expected.item(), "entropy": -logprobs.mean().item(), "alpha": math.exp(-0.7)}
     assert floats(metrics) == pytest.approx(values, rel=1e-4)
     loss.backward()
     assert_gradients(agent.actor, gradients(expected, agent.actor))
-    assert agent.log_alpha.grad.item() == pytest.approx(entropy - -2, rel=1e-4)  # the target is -dim(A)
+    assert agent.log_alpha.grad is None
+
+
+@pytest.mark.parametrize("script", CONTINUOUS)
+def test_alpha_loss_equals_its_definition(script, rng):
+    agent, _, _ = make_parts(script)
+    loss = load(script).alpha_loss(agent, torch.tensor(1.5), -2)
+    assert loss.item() == pytest.approx(-0.7 * (1.5 + 2))
+    loss.backward()
+    assert agent.log_alpha.grad.item() == pytest.approx(1.5 + 2)
 
 
 @pytest.mark.parametrize("script", DISCRETE)
@@ -196,7 +203,8 @@ def test_temperature_falls_where_the_entropy_is_too_high(script, high, rng):
     torch.nn.init.zeros_(head.bias)
     if script in CONTINUOUS:
         head.bias.data[2:] = 0.5 if high else -10  # a standard deviation of 0.76, or of e^-5
-        loss, _ = load(script).actor_and_alpha_loss(agent, torch.randn(B, 2), torch.randn(B, 3))
+        _, metrics = load(script).actor_loss(agent, torch.randn(B, 2), torch.randn(B, 3))
+        loss = load(script).alpha_loss(agent, metrics["losses/entropy"], -2)
     else:
         head.bias.data[0] = 0 if high else 50
         loss, _ = load(script).sac_loss(agent, target, args, torch.tensor(0.2), *batch(script))
@@ -243,21 +251,20 @@ def test_each_part_learns_by_its_own_loss(script, autotune, play, monkeypatch):
         loss_fn = getattr(module, name)
 
         def watched(agent, *args):
-            loss, metrics = loss_fn(agent, *args)
+            result = loss_fn(agent, *args)
+            loss = result if torch.is_tensor(result) else result[0]
             parameters = [p for p in part(agent) if p.requires_grad]
             expected.update(zip(parameters, torch.autograd.grad(loss, parameters, retain_graph=True), strict=True))
-            return loss, metrics
+            return result
 
         monkeypatch.setattr(module, name, watched)
 
-    def actor(agent):
-        return [*agent.actor.parameters(), agent.log_alpha]
-
     if script in CONTINUOUS:
         watch("critic_loss", lambda agent: agent.critics.parameters())
-        watch("actor_and_alpha_loss", actor)
+        watch("actor_loss", lambda agent: agent.actor.parameters())
+        watch("alpha_loss", lambda agent: [agent.log_alpha])
     else:
-        watch("sac_loss", lambda agent: [*agent.critics.parameters(), *actor(agent)])
+        watch("sac_loss", lambda agent: agent.parameters())
 
     class Adam(torch.optim.Adam):
         def step(self):
@@ -352,7 +359,7 @@ def test_random_actions_are_repeated(script, random_repeat, play):
 
 @pytest.mark.parametrize("script", CONTINUOUS)
 def test_every_loss_has_new_noise(script, play, spy):
-    losses = [spy(load(script), name) for name in ("critic_loss", "actor_and_alpha_loss")]
+    losses = [spy(load(script), name) for name in ("critic_loss", "actor_loss")]
     play(script, total_timesteps=90, learning_starts=30)
     noise = torch.cat([bound["noise"] for calls in losses for bound, _ in calls])
     assert noise.shape == (2 * 20 * 8, 2) and len(noise.unique()) == noise.numel()
@@ -370,10 +377,11 @@ def test_bfloat16_is_close_and_losses_stay_in_float32(script, rng):
         agent.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             q_loss, q_metrics = load(script).critic_loss(agent, target, args, noise, *data)
-            pi_loss, pi_metrics = load(script).actor_and_alpha_loss(agent, noise, data[0])
-        (q_loss + pi_loss).backward()
+            pi_loss, pi_metrics = load(script).actor_loss(agent, noise, data[0])
+            alpha_loss = load(script).alpha_loss(agent, pi_metrics["losses/entropy"], -2)
+        (q_loss + pi_loss + alpha_loss).backward()
         metrics = [*q_metrics.values(), *pi_metrics.values()]
-        assert {x.dtype for x in (q_loss, pi_loss, *metrics, *(p.grad for p in agent.parameters()))} == {torch.float32}
+        assert {x.dtype for x in (q_loss, pi_loss, alpha_loss, *metrics, *(p.grad for p in agent.parameters()))} == {torch.float32}
         results.append(torch.stack(metrics))
     assert not results[0].equal(results[1])
     torch.testing.assert_close(*results, rtol=0.05, atol=0.05)
