@@ -381,7 +381,8 @@ def test_bfloat16_is_close_and_losses_stay_in_float32(script, rng):
             alpha_loss = load(script).alpha_loss(agent, pi_metrics["losses/entropy"], -2)
         (q_loss + pi_loss + alpha_loss).backward()
         metrics = [*q_metrics.values(), *pi_metrics.values()]
-        assert {x.dtype for x in (q_loss, pi_loss, alpha_loss, *metrics, *(p.grad for p in agent.parameters()))} == {torch.float32}
+        values = [q_loss, pi_loss, alpha_loss, *metrics, *(p.grad for p in agent.parameters())]
+        assert {x.dtype for x in values} == {torch.float32}
         results.append(torch.stack(metrics))
     assert not results[0].equal(results[1])
     torch.testing.assert_close(*results, rtol=0.05, atol=0.05)
