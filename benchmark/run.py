@@ -128,7 +128,10 @@ def main() -> None:
     if args.status:
         console = Console(highlight=False, markup=False)
         return console.print(runner.table(jobs, work.display.summary(), 10**6))
-    work.work()
+    try:
+        work.work()
+    except OSError as error:
+        fail(f"{error}; nothing finished is lost, the same command resumes", code=1)
     raise SystemExit(work.report())
 
 

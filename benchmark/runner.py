@@ -13,6 +13,7 @@ What happens to a run folder that exists:
 
 import ctypes
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -51,14 +52,11 @@ def cores() -> int:
 def find_gpus(wanted: tuple[str, ...] = ()) -> list[str]:
     """The GPUs to use: all that this process may see, or those of them that `wanted` names by number or id."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        found = [gpu.strip() for gpu in visible.split(",") if gpu.strip()]
-    else:
+    if visible is None:
         with suppress(OSError, subprocess.SubprocessError):
             listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True).stdout
-            visible = listed
-            found = [str(i) for i in range(sum(line.startswith("GPU ") for line in listed.splitlines()))]
-        found = found if visible is not None else []
+            visible = ",".join(re.findall(r"^GPU (\d+):", listed, re.M))
+    found = [gpu.strip() for gpu in (visible or "").split(",") if gpu.strip()]
     for gpu in wanted:
         if gpu.isdecimal() and int(gpu) >= len(found):
             runs.fail(f"there is no GPU {gpu}; this process sees {len(found)}")
@@ -72,11 +70,11 @@ def uses_gpu(script: Path, device: str | None) -> bool:
 
 def slots(jobs: int | None, threads: int, gpus: list[str], runs_per_gpu: int = 1) -> list[str | None]:
     """One item for each run that fits at a time: the GPU that it gets, or None."""
-    return [*gpus * runs_per_gpu, *([] if gpus else [None] * (jobs or max(1, cores() // threads)))][:jobs]
+    return (gpus * runs_per_gpu or [None] * (jobs or max(1, cores() // threads)))[:jobs]
 
 
 def parse_seeds(text: str) -> list[int]:
-    """ "3" -> [1, 2, 3]; "1,3,7-9" -> [1, 3, 7, 8, 9]; "5," -> [5]."""
+    """3 means 1, 2, and 3; 1,3,7-9 is a list. [] if the text is neither."""
     try:
         if text.isdecimal():
             return list(range(1, int(text) + 1))
@@ -191,11 +189,7 @@ class Job:
             self.state = "stale" if self.note else "done"
             self.step, self.seconds, self.trailing = (result.get(x) for x in ("steps", "seconds", "final_return"))
         else:
-            self.state, lock = "waiting", runs.take_lock(self.beside(".lock")) if self.beside(".lock").exists() else -1
-            if lock is None:
-                self.state = "elsewhere"
-            elif lock >= 0:
-                os.close(lock)
+            self.state = "elsewhere" if runs.is_locked(self.beside(".lock")) else "waiting"
 
     def command(self, threads: int, device: str | None) -> tuple[list[str], bool]:
         """What starts or resumes the run, and whether the folder that is there has to be moved aside first."""

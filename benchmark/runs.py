@@ -14,6 +14,7 @@ import re
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
@@ -108,6 +109,7 @@ def shown(path: Path) -> str:
 # ------------------------------------------------------------------------------------------------ the script's text
 
 
+@cache
 def defaults(source: str) -> dict:
     """The fields of the Args in a script's text and their defaults; ... where that is not written out."""
     found = {}
@@ -121,6 +123,7 @@ def defaults(source: str) -> dict:
     return found
 
 
+@cache
 def code_hash(source: str) -> str:
     """Hash of the algorithm's half of a script, without comments, docstrings and what differs between Pythons."""
     tree = ast.parse(source.partition(BANNER)[0])
@@ -219,3 +222,10 @@ def take_lock(path: Path) -> int | None:
             return lock
     os.close(lock)
     return None
+
+
+def is_locked(path: Path) -> bool:
+    lock = take_lock(path) if path.exists() else -1
+    if lock is not None and lock >= 0:
+        os.close(lock)
+    return lock is None
