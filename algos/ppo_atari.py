@@ -15,13 +15,14 @@
 Papers: Schulman et al. 2017 (PPO, arXiv:1707.06347) and 2016 (GAE, arXiv:1506.02438); Mnih et al. 2015, Nature 518 (the
 network); Machado et al. 2018 (sticky actions, arXiv:1709.06009); Huang et al. 2022 (37 details).
 
-Details that matter, besides those of ppo.py:
-- Preprocessing by ALE's vector environment, in the order of `make_envs`. A step is 4 frames. Scores are those of whole
-  games, unclipped; only the learner sees the sign of the rewards and, with `--life-loss`, a termination at a lost life.
-- Policy and value share the convolutions, so values are computed while acting, not once per rollout.
+Details that matter:
+- Preprocessing by ALE's vector environment, see `make_envs`. A step is 4 frames. Scores are those of whole games,
+  unclipped; the learner sees the sign of each reward and, with `--life-loss`, a termination at each lost life.
+- A truncated game bootstraps from the value of its final observation; a terminated one does not bootstrap.
+- Policy and value share the convolutions. Advantages are normalized per minibatch, the value loss is clipped.
 - The evaluation samples from the policy: a greedy agent can wait forever for a ball that it never serves.
-- With sticky actions, Pong was learned only with `--norm-obs`, which is in no paper: the background hides the ball.
-- bfloat16 in the convolutions where the processor has it (`--bf16`). Weights, heads, and losses stay in float32.
+- `--norm-obs` is in no paper. On Pong with sticky actions it learned where the defaults did not (docs/findings.md).
+- bfloat16 in the trunk where the processor has it (`--bf16`). Weights, heads, and losses stay in float32.
 
 Not included: other image environments, recurrence.
 """
@@ -79,7 +80,7 @@ class Args:
     target_kl: float = 0.0  # stop the epochs on a rollout when the approximate KL divergence exceeds this; 0: never
     life_loss: bool = True  # a lost life is a termination for the learner; the game continues
     norm_obs: bool = False  # subtract the running mean of each pixel, and divide all by one standard deviation
-    bf16: bool = bool(torch.cpu.get_capabilities().get("avx512_bf16"))  # bfloat16 convolutions; default: if the CPU can
+    bf16: bool = bool(torch.cpu.get_capabilities().get("avx512_bf16"))  # bfloat16 in the trunk; default: if the CPU can
 
     # The run
     run_dir: str = ""  # run folder; default: runs/{env}__{algo}__{seed}__{UTC time}
@@ -150,12 +151,10 @@ class Agent(nn.Module):
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """Bytes (B, 4, 84, 84) -> logits (B, A) and V(s) (B,)."""
-        x = obs.to(torch.float32, memory_format=torch.channels_last)
+        x = obs.to(torch.float32, memory_format=torch.channels_last) / 255  # the layout of faster convolutions
         if self.norm_obs:
             std = (self.obs_stats.var.mean() + 1e-4).sqrt()  # one for all pixels: those that never change stay small
-            x = (x - 255 * self.obs_stats.mean.float()) / (255 * std.float())
-        else:
-            x = x / 255
+            x = (x - self.obs_stats.mean.float()) / std.float()
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             hidden = self.trunk(x)
         return self.actor(hidden.float()), self.critic(hidden.float()).squeeze(-1)
@@ -171,8 +170,7 @@ class Agent(nn.Module):
     def sample(self, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Actions sampled from the policy, their log-probabilities, and V(s): (N, 4, 84, 84) -> (N,), (N,), (N,)."""
         logits, values = self(obs)
-        gumbel = -torch.empty_like(logits).exponential_().log()
-        actions = (logits + gumbel).argmax(-1)  # distributed as Categorical(logits=logits).sample(), but faster
+        actions = logits.softmax(-1).multinomial(1).squeeze(-1)
         return actions, logits.log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1), values
 
     @torch.no_grad()
@@ -191,7 +189,7 @@ class Games(gym.vector.VectorWrapper):
 
     def __init__(self, env: gym.vector.VectorEnv) -> None:
         super().__init__(env)
-        self.envs = [self]  # like the list of a SyncVectorEnv
+        self.envs = [self]  # a video is made of envs.envs[0].render()
 
     def reset(self, **kwargs):
         self.obs, infos = self.env.reset(**kwargs)
@@ -218,7 +216,7 @@ def make_envs(args: Args, num_envs: int, render: bool = False) -> gym.vector.Vec
     if not spec.id.startswith("ALE/"):
         fail(f"{args.env_id} is not an Atari game, like ALE/Pong-v5: for vector observations there is ppo.py")
     preprocessing = {
-        "noop_max": 30,  # at the start of a game, fewer no-ops than this, at random
+        "noop_max": 30,  # a game starts with 0 to 29 no-ops, at random
         "use_fire_reset": True,  # and FIRE, where the game has it
         "repeat_action_probability": 0.25,  # sticky actions (Machado et al.)
         "frameskip": 4,  # the action is repeated, rewards are summed
@@ -289,8 +287,7 @@ def train(args: Args) -> None:
     agent = Agent(envs, args).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     loss_fn = torch.compile(ppo_loss) if args.compile else ppo_loss
-    obs = torch.zeros((T + 1, N, 84, 84, 4), dtype=torch.uint8, device=device)
-    obs = obs.permute(0, 1, 4, 2, 3)  # (T + 1, N, 4, 84, 84), with the channels last in memory: faster convolutions
+    obs = torch.zeros((T + 1, N, 4, 84, 84), dtype=torch.uint8, device=device)  # the last one is that after the rollout
     actions = torch.zeros((T, N), dtype=torch.int64, device=device)
     logprobs, values = torch.zeros((T, N), device=device), torch.zeros((T + 1, N), device=device)
     rewards = np.zeros((T, N), np.float32)
@@ -316,8 +313,8 @@ def train(args: Args) -> None:
                 final_obs.append(infos["final_obs"][truncations[t]])
             global_step += N
             run.record(global_step, reward, game_over | truncations[t])
-            lost_life = (infos["lives"] < lives) & ~truncations[t] & args.life_loss  # a new game has all its lives
-            rewards[t], terminations[t] = np.sign(reward), game_over | lost_life
+            lost_life = (infos["lives"] < lives) & ~truncations[t]  # where a game ended, `lives` are the next game's
+            rewards[t], terminations[t] = np.sign(reward), game_over | (lost_life & args.life_loss)
             lives = infos["lives"]
 
         # Compute the advantages. The next value is that of the next step or, where truncated, of the final observation

@@ -14,12 +14,14 @@
 
 Paper: Haarnoja et al. 2018, "Soft Actor-Critic Algorithms and Applications", arXiv:1812.05905 (SAC).
 
+It maximizes the return plus alpha (the temperature) times the entropy of the policy, from replayed transitions.
+
 Details that matter:
 - Twin critics: targets and the actor use their minimum, because an actor that maximizes a critic exploits its errors.
 - The Gaussian is squashed by tanh, which changes its density; the correction is computed in a form that stays finite.
 - The logarithm of the standard deviation is squashed smoothly into [-5, 2]. The temperature is tuned on log alpha.
 - A truncated episode (time limit) bootstraps from its real final observation; a terminated one does not bootstrap.
-- Checkpoints restart environments and random numbers, so that a resumed run is bit-identical to an uninterrupted one.
+- Checkpoints restart environments and random numbers; on one CPU a resumed run repeats an uninterrupted one exactly.
 
 Not included: discrete actions (sac_discrete.py), normalized observations (ppo_continuous.py), images.
 """
@@ -96,11 +98,11 @@ class Args:
         if max(self.gamma, self.tau) > 1 or self.alpha == 0:
             raise ValueError("gamma and tau must be at most 1, and alpha greater than 0")
         if self.num_envs > min(self.train_frequency, self.buffer_size):
-            raise ValueError("num_envs must be at most train_frequency and buffer_size")
+            raise ValueError("num_envs must be at most buffer_size and train_frequency; raise gradient_steps with it")
 
 
 class MLP(nn.Sequential):
-    """Two hidden layers of `width` ReLU units. The last layer stays in float32, because bfloat16 has only 8 bits."""
+    """Two hidden layers of `width` ReLU units. The last layer stays in float32: bfloat16 has 8 significant bits."""
 
     def __init__(self, inputs: int, width: int, outputs: int) -> None:
         hidden = nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()
@@ -263,10 +265,10 @@ def tanh_logprob(u: Tensor, noise: Tensor, log_std: Tensor) -> Tensor:
 
 
 def critic_loss(agent, target, args, noise, obs, actions, rewards, next_obs, terminations) -> tuple[Tensor, dict]:
-    """SAC eq. 5 for both critics, summed, on B transitions. Returns the loss and the metrics to log.
+    """SAC eq. 5 without its 1/2, summed over both critics, on B transitions. Returns the loss and the metrics to log.
 
     The soft TD target (eq. 3 and 6) is r + gamma (min_i Q_target_i(s', a') - alpha log pi(a'|s')), a' ~ pi(.|s').
-    The noise (B, A) of a' is an argument so that the loss is a function of its inputs, compiled or not.
+    The noise (B, A) of a' is an argument so that the loss depends on its inputs alone, compiled or not.
     """
     with torch.no_grad():
         next_actions, next_logprobs = agent.action_and_logprob(next_obs, noise)
@@ -277,17 +279,16 @@ def critic_loss(agent, target, args, noise, obs, actions, rewards, next_obs, ter
     return loss, {"losses/qf_loss": loss.detach(), "losses/q_values": q_values.detach().mean()}
 
 
-def actor_loss(agent, noise, obs) -> tuple[Tensor, dict[str, Tensor]]:
-    """SAC eq. 9 on B states: alpha log pi(a|s) - min_i Q_i(s, a). Returns the loss and the metrics to log."""
+def actor_loss(agent, noise, obs) -> tuple[Tensor, Tensor, dict]:
+    """SAC eq. 9 on B states: alpha log pi(a|s) - min_i Q_i(s, a). Returns the loss, the entropy, and the metrics."""
     actions, logprobs = agent.action_and_logprob(obs, noise)
-    alpha = agent.log_alpha.exp().detach()
+    alpha, entropy = agent.log_alpha.exp().detach(), -logprobs.detach().mean()
     loss = (alpha * logprobs - agent.critics(obs, actions).amin(0)).mean()
-    metrics = {"losses/actor_loss": loss.detach(), "losses/entropy": -logprobs.detach().mean(), "losses/alpha": alpha}
-    return loss, metrics
+    return loss, entropy, {"losses/actor_loss": loss.detach(), "losses/entropy": entropy, "losses/alpha": alpha}
 
 
 def alpha_loss(agent, entropy: Tensor, target_entropy: float) -> Tensor:
-    """SAC eq. 18, on log alpha: alpha rises where the policy's entropy is below its target."""
+    """SAC eq. 18 with log alpha in place of alpha, which rises where the policy's entropy is below its target."""
     return agent.log_alpha * (entropy - target_entropy)
 
 
@@ -340,13 +341,13 @@ def train(args: Args) -> None:
                 loss.backward()
                 q_optimizer.step()
                 with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
-                    loss, actor_metrics = actor_loss_fn(agent, noise[1], batch[0])
+                    loss, entropy, actor_metrics = actor_loss_fn(agent, noise[1], batch[0])
                 actor_optimizer.zero_grad()
                 loss.backward(inputs=actor_parameters)  # not the critics' weights
                 actor_optimizer.step()
                 if args.autotune:
                     alpha_optimizer.zero_grad()
-                    alpha_loss(agent, actor_metrics["losses/entropy"], target_entropy).backward()
+                    alpha_loss(agent, entropy, target_entropy).backward()
                     alpha_optimizer.step()
                 history.append(critic_metrics | actor_metrics)
                 update_target(target, agent.critics, args.tau)

@@ -138,7 +138,8 @@ def test_actor_loss_equals_its_definition(script, rng):
     q1, q2 = agent.critics(obs, actions)
     assert 0 < (q1 < q2).sum() < B
     expected = sum(math.exp(-0.7) * logprobs[i] - (q1[i] if q1[i] < q2[i] else q2[i]) for i in range(B)) / B
-    loss, metrics = load(script).actor_loss(agent, noise, obs)
+    loss, entropy, metrics = load(script).actor_loss(agent, noise, obs)
+    assert entropy == metrics["losses/entropy"]
     values = {"actor_loss": expected.item(), "entropy": -logprobs.mean().item(), "alpha": math.exp(-0.7)}
     assert floats(metrics) == pytest.approx(values, rel=1e-4)
     loss.backward()
@@ -203,8 +204,8 @@ def test_temperature_falls_where_the_entropy_is_too_high(script, high, rng):
     torch.nn.init.zeros_(head.bias)
     if script in CONTINUOUS:
         head.bias.data[2:] = 0.5 if high else -10  # a standard deviation of 0.76, or of e^-5
-        _, metrics = load(script).actor_loss(agent, torch.randn(B, 2), torch.randn(B, 3))
-        loss = load(script).alpha_loss(agent, metrics["losses/entropy"], -2)
+        _, entropy, _ = load(script).actor_loss(agent, torch.randn(B, 2), torch.randn(B, 3))
+        loss = load(script).alpha_loss(agent, entropy, -2)
     else:
         head.bias.data[0] = 0 if high else 50
         loss, _ = load(script).sac_loss(agent, target, args, torch.tensor(0.2), *batch(script))
@@ -377,8 +378,8 @@ def test_bfloat16_is_close_and_losses_stay_in_float32(script, rng):
         agent.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             q_loss, q_metrics = load(script).critic_loss(agent, target, args, noise, *data)
-            pi_loss, pi_metrics = load(script).actor_loss(agent, noise, data[0])
-            alpha_loss = load(script).alpha_loss(agent, pi_metrics["losses/entropy"], -2)
+            pi_loss, entropy, pi_metrics = load(script).actor_loss(agent, noise, data[0])
+            alpha_loss = load(script).alpha_loss(agent, entropy, -2)
         (q_loss + pi_loss + alpha_loss).backward()
         metrics = [*q_metrics.values(), *pi_metrics.values()]
         values = [q_loss, pi_loss, alpha_loss, *metrics, *(p.grad for p in agent.parameters())]
