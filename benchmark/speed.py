@@ -5,10 +5,10 @@
     python benchmark/speed.py algos/ppo.py --peer sb3 --peer-python VENV/bin/python --threads 1 --save
     python benchmark/speed.py algos/ppo_atari.py --peer sb3 --peer-python VENV/bin/python -- --no-bf16   # flags of ours
 
-Our script and the peer run in turn, one at a time, with the hyperparameters of CleanRL's script (PRESETS). Each pair
-gives a ratio: above 1, ours is faster. The first pair is a warm-up and does not count. Only an otherwise idle machine
-gives true numbers. What counts is training, without start-up: ours by result.json; CleanRL's by the last SPS that it
-prints; Stable-Baselines3's around learn(). Steps before the first update of an off-policy script do not count.
+Our script and the peer run in turn, one at a time, with CleanRL's hyperparameters (peers/presets.toml). Each pair gives
+a ratio: above 1, ours is faster. The first pair is a warm-up and does not count. Only an otherwise idle machine gives
+true numbers. What counts is training, without start-up: ours by result.json; CleanRL's by the last SPS that it prints;
+Stable-Baselines3's around learn(). Steps before the first update of an off-policy script do not count.
 
 --save adds the result to benchmark/results/speed.csv and rewrites the table in README.md.
 """
@@ -21,7 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -33,6 +34,8 @@ from benchmark import runs
 from benchmark.runs import ROOT, fail, words_of
 
 PEERS, SAVED = Path(__file__).resolve().parent / "peers", ROOT / "benchmark" / "results" / "speed.csv"
+PRESETS = tomllib.loads((PEERS / "presets.toml").read_text())
+SB3_NAMES = PRESETS.pop("sb3_names")
 MARKS = "<!-- speed: benchmark/speed.py --save writes this table -->", "<!-- /speed -->"
 
 
@@ -58,91 +61,25 @@ class Args:
     """add the result to benchmark/results/speed.csv and the README"""
 
 
-@dataclass
-class Preset:
-    cleanrl: str  # the script beside which ours is measured
-    env_ids: tuple[str, ...]  # the first that is known counts
-    steps: int  # of a run
-    flags: dict  # of ours: CleanRL's defaults
-    cleanrl_flags: dict = field(default_factory=dict)  # where they are not its defaults
-    sb3: dict = field(default_factory=dict)  # more arguments of SB3's constructor
-    note: str = ""  # what is not equal
-
-
-PPO = {"gamma": 0.99, "gae_lambda": 0.95, "vf_coef": 0.5, "max_grad_norm": 0.5, "norm_adv": True, "clip_vloss": True}
-PPO |= {"anneal_lr": True, "num_steps": 128, "num_minibatches": 4, "update_epochs": 4, "learning_rate": 2.5e-4}
-PPO |= {"ent_coef": 0.01, "clip_coef": 0.2, "num_envs": 4}
-CONTINUOUS = {"num_envs": 1, "num_steps": 2048, "num_minibatches": 32, "update_epochs": 10, "learning_rate": 3e-4}
-CONTINUOUS |= {"ent_coef": 0.0, "hidden_size": 64, "log_std_init": 0.0, "norm_obs": True, "norm_reward": True}
-DQN = {"num_envs": 1, "gradient_steps": 1, "anneal_lr": False, "gamma": 0.99, "batch_size": 128, "train_frequency": 10}
-DQN |= {"target_network_frequency": 500, "tau": 1.0, "buffer_size": 10_000, "learning_rate": 2.5e-4, "start_e": 1.0}
-DQN |= {"end_e": 0.05, "exploration_fraction": 0.5, "learning_starts": 128, "hidden_size": 101}
-SAC = {"num_envs": 1, "gradient_steps": 1, "anneal_lr": False, "gamma": 0.99, "batch_size": 256, "train_frequency": 1}
-SAC |= {"policy_lr": 3e-4, "q_lr": 1e-3, "tau": 0.005, "buffer_size": 1_000_000, "autotune": True}
-SAC |= {"learning_starts": 256, "hidden_size": 256}
-CHEETAH = "HalfCheetah-v5", "HalfCheetah-v4"
-PRESETS = {
-    "ppo": Preset("ppo.py", ("CartPole-v1",), 51_200, PPO),
-    "ppo_continuous": Preset("ppo_continuous_action.py", CHEETAH, 20_480, PPO | CONTINUOUS),
-    "ppo_atari": Preset(
-        "ppo_atari.py",
-        ("ALE/Pong-v5", "PongNoFrameskip-v4"),
-        10_240,
-        PPO | {"num_envs": 8, "clip_coef": 0.1, "life_loss": True},
-        note="ours: sticky actions, ALE's vector environment, bfloat16 convolutions",
-    ),
-    "dqn": Preset(
-        "dqn.py",
-        ("CartPole-v1",),
-        30_000,
-        DQN,
-        cleanrl_flags={"learning_starts": 128},
-        sb3={"policy_kwargs": {"net_arch": [120, 84]}},
-        note="ours: hidden layers of 101 and 101 units, as many weights as theirs of 120 and 84",
-    ),
-    "sac_continuous": Preset(
-        "sac_continuous_action.py",
-        CHEETAH,
-        2_500,
-        SAC,
-        cleanrl_flags={"learning_starts": 256},
-        note="CleanRL updates its actor twice every second step",
-    ),
-}
-SB3_NAMES = {  # its names of our flags, where they differ
-    "num_steps": "n_steps",
-    "update_epochs": "n_epochs",
-    "clip_coef": "clip_range",
-    "norm_adv": "normalize_advantage",
-    "policy_lr": "learning_rate",
-    "train_frequency": "train_freq",
-    "target_network_frequency": "target_update_interval",
-    "start_e": "exploration_initial_eps",
-    "end_e": "exploration_final_eps",
-}
-SAME = "learning_rate gamma gae_lambda ent_coef vf_coef max_grad_norm batch_size buffer_size learning_starts tau"
-SB3_NAMES |= {name: name for name in [*SAME.split(), "gradient_steps", "exploration_fraction"]}
-
-
-def our_command(args: Args, preset: Preset | None, seed: int, steps: int, folder: Path, extra: list[str]) -> list[str]:
+def our_command(args: Args, preset: dict | None, seed: int, steps: int, folder: Path, extra: list[str]) -> list[str]:
     flags = {"seed": seed, "total_timesteps": steps, "run_dir": folder / "run", "eval_episodes": 1}
-    flags |= {"device": args.device, "checkpoint_every": 10**9} | (
-        {"torch_threads": args.threads} if args.threads else {}
-    )
+    flags |= {"device": args.device, "checkpoint_every": 10**9}  # the peers save none
+    flags |= {"torch_threads": args.threads} if args.threads else {}
     if preset and args.peer:
-        flags |= {"env_id": preset.env_ids[0]} | preset.flags
+        flags |= {"env_id": preset.get("env_id", preset["env_ids"][0])} | preset["flags"]
     return [sys.executable, str(args.script.absolute()), *words_of(flags), *extra]
 
 
-def peer_command(args: Args, preset: Preset, seed: int, steps: int) -> list[str]:
-    job = {"env_ids": preset.env_ids, "seed": seed, "steps": steps, "threads": args.threads, "device": args.device}
+def peer_command(args: Args, preset: dict, seed: int, steps: int) -> list[str]:
+    job = {"env_ids": preset["env_ids"], "seed": seed, "steps": steps, "threads": args.threads, "device": args.device}
     if args.peer == "cleanrl":
-        job["script"] = str((args.peer_path / "cleanrl" / preset.cleanrl).absolute())
-        job["flags"] = words_of(preset.cleanrl_flags)
+        job["script"] = str((args.peer_path / "cleanrl" / preset["cleanrl"]).absolute())
+        job["flags"] = words_of(preset.get("cleanrl_flags", {}))
     else:
-        flags = preset.flags
+        flags = preset["flags"]
         job["algorithm"] = args.script.stem.split("_")[0].upper()
-        job["arguments"] = {SB3_NAMES[name]: flags[name] for name in flags if name in SB3_NAMES} | preset.sb3
+        job["arguments"] = {SB3_NAMES.get(name, name): value for name, value in flags.items()}
+        job["arguments"] |= preset.get("sb3", {})
         if "num_minibatches" in flags:
             job["arguments"]["batch_size"] = flags["num_envs"] * flags["num_steps"] // flags["num_minibatches"]
             job["arguments"]["clip_range_vf"] = flags["clip_coef"]
@@ -159,7 +96,7 @@ def start(command: list[str], folder: Path) -> str:
     return done.stdout
 
 
-def measure_ours(args: Args, preset: Preset | None, seed: int, steps: int, extra: list[str]) -> tuple[float, dict]:
+def measure_ours(args: Args, preset: dict | None, seed: int, steps: int, extra: list[str]) -> tuple[float, dict]:
     """Steps per second after the first update, and args.json."""
     with tempfile.TemporaryDirectory() as name:
         start(our_command(args, preset, seed, steps, Path(name), extra), Path(name))
@@ -174,12 +111,12 @@ def measure_ours(args: Args, preset: Preset | None, seed: int, steps: int, extra
     return float(sps), about
 
 
-def measure_peer(args: Args, preset: Preset, seed: int, steps: int) -> tuple[float, dict]:
+def measure_peer(args: Args, preset: dict, seed: int, steps: int) -> tuple[float, dict]:
     with tempfile.TemporaryDirectory() as name:
         output = start(peer_command(args, preset, seed, steps), Path(name))
     about = json.loads(re.search("^PEER (.*)", output, re.M)[1])
     sps = float(re.findall(r"^SPS: ([\d.]+)", output, re.M)[-1])
-    return sps * (1 - preset.flags.get("learning_starts", 0) / steps), about
+    return sps * (1 - preset["flags"].get("learning_starts", 0) / steps), about
 
 
 def read() -> pd.DataFrame:
@@ -219,12 +156,12 @@ def main() -> None:
         fail("--repeats must be at least 1, --threads and --total-timesteps at least 0")
     if preset is None and (args.peer or not args.total_timesteps):
         fail(f"only {', '.join(PRESETS)} have a preset; another script runs alone, with --total-timesteps")
-    if args.peer == "cleanrl" and not (args.peer_path / "cleanrl" / preset.cleanrl).is_file():
-        fail(f"--peer-path {args.peer_path} has no cleanrl/{preset.cleanrl}")
+    if args.peer == "cleanrl" and not (args.peer_path / "cleanrl" / preset["cleanrl"]).is_file():
+        fail(f"--peer-path {args.peer_path} has no cleanrl/{preset['cleanrl']}")
     if args.save and not args.peer:
         fail("--save needs a --peer")
-    rollout = preset.flags["num_envs"] * preset.flags.get("num_steps", 1) if args.peer else 1
-    steps = math.ceil((args.total_timesteps or preset.steps) / rollout) * rollout  # else only one side would round up
+    rollout = preset["flags"]["num_envs"] * preset["flags"].get("num_steps", 1) if args.peer else 1
+    steps = math.ceil((args.total_timesteps or preset["steps"]) / rollout) * rollout  # whole rollouts on both sides
     if (load := os.getloadavg()[0]) > 0.5:
         print(f"warning: this machine has a load of {load:.1f}; only an idle one gives true numbers", file=sys.stderr)
 
@@ -243,10 +180,10 @@ def main() -> None:
         versions = ", ".join(f"{name} {version}" for name, version in peer["versions"].items())
         theirs_is = f"{args.peer}: {peer['env_id']}, threads {peer['threads']}, {versions}"
         print(f"ratio {middle:.2f} [{low:.2f}, {high:.2f}]; {theirs_is}")
-        print(f"not equal: {preset.note or 'nothing known'}")
+        print(f"not equal: {preset.get('note', 'nothing known')}")
     if args.save:
         title = {"cleanrl": "CleanRL", "sb3": "Stable-Baselines3"}[args.peer]
-        row = {"script": args.script.stem, "env": preset.env_ids[0], "device": args.device, "peer": title}
+        row = {"script": args.script.stem, "env": peer["env_id"], "device": args.device, "peer": title}
         row |= {"version": peer["versions"].get("stable_baselines3", "")}
         row |= {"threads": about["threads"], "steps": steps, "pairs": args.repeats, "flags": " ".join(extra)}
         row |= {"ours": round(np.median(ours), 1), "theirs": round(np.median(theirs), 1), "ratio": round(middle, 3)}

@@ -39,7 +39,7 @@ def test_presets_are_flags_of_the_scripts(script, peer, tmp_path):
     assert flags.keys() <= known.keys() and flags["torch_threads"] == "3"
     job = json.loads(speed.peer_command(args, preset, 7, 1000)[-1])
     assert (job["seed"], job["steps"], job["threads"]) == (7, 1000, 3)
-    assert job["script"].endswith(preset.cleanrl) if peer == "cleanrl" else job["arguments"]["gamma"] == 0.99
+    assert job["script"].endswith(preset["cleanrl"]) if peer == "cleanrl" else job["arguments"]["gamma"] == 0.99
 
 
 def test_a_pair_is_saved_and_shown_in_the_readme(tmp_path, monkeypatch, capsys):

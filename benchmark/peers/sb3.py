@@ -7,6 +7,7 @@ Prints the versions as JSON before, and "SPS: n" after training.
 
 import contextlib
 import importlib
+import inspect
 import json
 import sys
 import time
@@ -35,12 +36,13 @@ is_atari = "NoFrameskip" in env_id
 make = make_atari_env if is_atari else make_vec_env
 env = make(env_id, job["num_envs"], job["seed"])
 env = VecFrameStack(env, 4) if is_atari else VecNormalize(env) if job["normalize"] else env
-arguments = job["arguments"]
+algorithm = getattr(stable_baselines3, job["algorithm"])
+known = inspect.signature(algorithm).parameters
+arguments = {name: value for name, value in job["arguments"].items() if name in known}
 if job["anneal"]:
     initial = arguments["learning_rate"]
     arguments["learning_rate"] = lambda left: left * initial
 policy = "CnnPolicy" if is_atari else "MlpPolicy"
-algorithm = getattr(stable_baselines3, job["algorithm"])
 model = algorithm(policy, env, seed=job["seed"], device=job["device"], **arguments)
 started = time.perf_counter()
 model.learn(job["steps"])
