@@ -1,423 +1,229 @@
-"""Writes docs/BENCHMARKS.md and its plots from benchmark/results/, after collecting the finished runs into it.
+"""Write docs/BENCHMARKS.md, its plots, and README's table from benchmark/results/; or a page about your own runs.
 
-In README.md beside docs/ it keeps a short table up to date, between two comments: PPO on every environment with runs.
+    python benchmark/report.py                                  # collect from runs/, then write page and plots
+    python benchmark/report.py --no-collect                     # from benchmark/results/ alone
+    python benchmark/report.py --check                          # write nothing; exit code 1 if they are out of date
+    python benchmark/report.py runs/mine --html mine.html       # one HTML file about the run folders below runs/mine
+    python benchmark/report.py --suites box2d --only '*Lander*' --html lander.html
+    python benchmark/report.py --export results.csv             # one tidy table with all curves (or .parquet)
 
-    python benchmark/report.py                  # collect from runs/, then write page and plots
-    python benchmark/report.py --no-collect     # from benchmark/results/ alone
-    python benchmark/report.py --check          # writes nothing; exit code 1 if page or plots are not up to date
-
-The page depends on benchmark/results/, the suites, benchmark/reference.csv and, for one mark, the code of the scripts;
-the same input gives the same bytes (the plots, with the same version of matplotlib). How to read it, and how to add to
-it: docs/benchmarking.md. The suite `smoke` is for tests and is not published.
+The same input gives the same bytes. The suite `smoke` is only shown if it is named. See docs/benchmarking.md.
 """
 
+import base64
 import math
 import re
 import shlex
-import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+import pandas as pd
 import tyro
+from markdown_it import MarkdownIt
 
-from benchmark import collect, plots, stats, suites
+from benchmark import plots, results, runs, stats, suites
+from benchmark.stats import between, exact, form, fraction, whole, with_interval
 
-ROOT = Path(__file__).resolve().parent.parent
-FIRST = "classic", "box2d", "mujoco", "atari-cpu", "atari"  # the order of the suites on the page; others follow
-UNPUBLISHED = {"smoke"}
-BASELINE = "ppo"  # the algorithm that the others are compared with
-KNOWN = "ppo", "a2c_gae", "sac", "dqn", "dqn_per", "reinforce", "sarsa"  # a style for each, whatever else a plot shows
-MEASURES = {  # a metric of reference.csv: our column that is nearest to it, and what the page calls it
+FIRST = ["classic", "box2d", "mujoco", "atari-cpu", "atari"]  # the order on the page; other suites follow
+BASELINE = "ppo"
+METRICS = {  # in reference.csv: our closest column, and its name on the page
     "train_ma_100ckpt": ("slm_score", "SLM-Lab's training average"),
     "train_last100": ("final_return", "last 100 training episodes"),
     "eval_deterministic": ("eval_mean", "evaluation, greedy"),
     "eval_stochastic": ("eval_mean", "evaluation, ours greedy, theirs sampled"),
 }
+SCORES = ["script", "steps", "seeds", "training return", "worst … best", "evaluation", "target", "minutes"]
+DETAILS = ["script", "median", "steps/s", "machine", "commit"]
+BEGIN, END = "<!-- written by benchmark/report.py -->\n", "<!-- end of what report.py writes -->\n"
 
 
 @dataclass
 class Args:
-    collect: bool = True
-    """first add the finished runs in --runs-dir to --results-dir"""
-    check: bool = False
-    """write nothing and collect nothing; say whether page and plots are what --results-dir gives"""
-    runs_dir: Path = ROOT / "runs"
-    """run folders, one folder per suite"""
-    results_dir: Path = ROOT / "benchmark" / "results"
-    """the results that are committed"""
-    suites_dir: Path = suites.SUITES
-    """the suites' TOML files"""
-    docs_dir: Path = ROOT / "docs"
-    """where BENCHMARKS.md and plots/ are"""
+    folder: tyro.conf.Positional[Path | None] = None  # report the run folders in or below it, not results of suites
+    suites: tuple[str, ...] = ()  # only these suites: names, or TOML files
+    only: tuple[str, ...] = ()  # only entries whose script, environment, or name (CartPole-v1__ppo) matches a pattern
+    out: Path = runs.ROOT / "docs"  # where BENCHMARKS.md and plots/ are written
+    html: Path | None = None  # write this HTML file instead
+    export: Path | None = None  # write this table instead: .csv or .parquet
+    collect: bool = True  # first add finished runs to the results, unless --html, --export, or --check is given
+    check: bool = False  # only report what is out of date
+    runs_dir: Path = runs.RUNS  # run folders, one folder per suite
+    results_dir: Path = results.RESULTS  # results of suites
 
 
-@dataclass
-class Cell:
-    """An entry of a suite and the runs of it that the page shows."""
-
-    entry: suites.Entry
-    rows: list[dict[str, str]]
-    curves: dict[str, list[str]]
-    links: dict[str, str] = field(default_factory=dict)  # seed: where the run folder is public
-
-    @property
-    def algo(self) -> str:
-        return re.sub("_(continuous|discrete|atari)$", "", self.entry.script)
-
-    def values(self, column: str) -> np.ndarray:
-        """Of the runs that have it."""
-        return np.array([float(row[column]) for row in self.rows if row[column]])
-
-    def has_changed(self, row: dict[str, str]) -> bool:
-        """Was this run made with code that is not the script's now, nor known to do the same?"""
-        return not suites.same_runs(self.entry, row["code"], self.entry.code)
-
-    def curve(self) -> np.ndarray:
-        """(seeds, steps)"""
-        seeds = [self.curves[row["seed"]] for row in self.rows if row["seed"] in self.curves]
-        return np.array([[float(value or "nan") for value in seed] for seed in seeds])
-
-    def distinct(self, form) -> str:
-        return ", ".join(sorted({form(row) for row in self.rows}))
+# ------------------------------------------------------------------------------------------------------------- the data
 
 
-@dataclass
-class Table:
-    """A suite and its cells."""
-
-    suite: suites.Suite
-    cells: list[Cell]
-    scales: dict[str, tuple[float, float]]  # environment: the scores that become 0 and 1
-    is_atari: bool
-    hidden: int  # rows of the results that belong to no entry
-
-    def environments(self) -> dict[str, list[Cell]]:
-        """Those with runs."""
-        found = {}
-        for cell in self.cells:
-            found.setdefault(cell.entry.env, []).append(cell)
-        return {env: cells for env, cells in found.items() if any(cell.rows for cell in cells)}
-
-    def normalised(self) -> dict[str, dict[str, np.ndarray]]:
-        """Algorithm -> environment -> scores, for the environments that have a scale."""
-        found = {}
-        for cell in self.cells:
-            if cell.rows and cell.entry.env in self.scales:
-                low, high = self.scales[cell.entry.env]
-                scores = (cell.values("final_return") - low) / (high - low)
-                found.setdefault(cell.algo, {})[cell.entry.env] = scores
-        return dict(sorted(found.items(), key=lambda item: number(item[0])))
-
-    @property
-    def scale(self) -> str:
-        return "human-normalised score" if self.is_atari else "score, random policy 0, target 1"
+def cell(entry: suites.Entry, found: pd.DataFrame, curves: pd.DataFrame, **more) -> dict:
+    """An entry with its runs, as a row of the table that all parts of the page are made from."""
+    finals = found["final_return"].to_numpy(float)
+    is_ours = entry.script.parent == runs.SCRIPTS
+    flags = {"env_id": entry.env, "total_timesteps": entry.steps} | dict(sorted(entry.flags.items())) | {"seed": 1}
+    command = f"python {'algos/' * is_ours}{entry.script.name} {shlex.join(runs.words_of(flags))}"
+    row = vars(entry) | {"algo": entry.algo, "label": entry.script.stem, "command": command, "is_ours": is_ours}
+    row |= {"runs": found, "curves": curves, "peers": [], "protocol": "", "finals": finals, "ran": len(finals) > 0}
+    row["target"] = math.nan if entry.target is None else entry.target
+    return row | {"met": len(finals) > 0 and not finals.mean() < row["target"]} | more
 
 
-def number(algo: str) -> tuple[int, str]:
-    """The order of algorithms: the known ones first."""
-    return (KNOWN.index(algo) if algo in KNOWN else len(KNOWN), algo)
+def read_suites(args: Args, reference: pd.DataFrame) -> pd.DataFrame:
+    cells = []
+    for suite in chosen(args):
+        found = results.read_suite(suite, args.results_dir)
+        for entry in (entry for entry in suite.entries if entry.fits(args.only)):
+            wanted = [entry.env, entry.script.stem, entry.steps, results.text_of(entry.flags)]
+            mine = found[(found[["env", "script", "steps", "flags"]] == wanted).all(axis=1)]
+            curves, peers = results.read_curves(suite, entry, args.results_dir), published(entry, mine, reference)
+            more = {"suite": suite.name, "title": suite.title, "protocol": suite.protocol, "peers": peers}
+            cells.append(cell(entry, mine, curves, **more))
+    return pd.DataFrame(cells)
 
 
-def read_table(suite: suites.Suite, results: Path) -> Table:
-    rows, cells, taken = collect.read_rows(results, suite.name), [], 0
-    public = {(row["run"], row["started"]): row["url"] for row in collect.read_csv(results / "hub.csv")}
-    for entry in suite.entries:
-        ours = [row for row in rows if (row["env"], row["script"]) == (entry.env, entry.script)]
-        shown = [row for row in ours if (int(row["steps"]), row["flags"]) == (entry.steps, shlex.join(entry.words))]
-        names = {row["seed"]: (f"{suite.name}/{entry.name}__{row['seed']}", row["started"]) for row in shown}
-        links = {seed: public[name] for seed, name in names.items() if name in public}  # of these runs, not older ones
-        cells.append(Cell(entry, shown, collect.read_curves(results, suite.name, entry), links))
-        taken += len(shown)
-    is_atari = all(entry.env.startswith("ALE/") for entry in suite.entries)
-    low = collect.reference_scores("random", "DQN Zoo" if is_atari else "SLM-Lab")
-    high = collect.reference_scores("human", "DQN Zoo")
-    if not is_atari:
-        high = {env: max(e.target for e in suite.entries if e.env == env) for env in {e.env for e in suite.entries}}
-    scales = {env: (low[env], high[env]) for env in low if env in high and high[env] > low[env]}
-    return Table(suite, cells, scales, is_atari, len(rows) - taken)
+def read_own(args: Args) -> pd.DataFrame:
+    """The run folders in or below a folder: an entry per environment, script, budget, and flags."""
+    cells, found = [], results.read_folder(args.folder)
+    for (env, script, steps, flags), mine in found.groupby(["env", "script", "steps", "flags"]):
+        label, at, copy = (
+            f"{script} {flags}".strip(),
+            results.curve_steps(steps),
+            mine["folder"].iloc[-1] / f"{script}.py",
+        )
+        entry = suites.Entry(copy, env, steps, len(mine), runs.flags_of(shlex.split(flags)))
+        curves = pd.DataFrame({row.seed: results.means(row.folder, at) for row in mine.itertuples()}, index=at)
+        more = {"suite": args.folder.name, "title": f"Runs in {args.folder}", "label": label, "algo": label}
+        cells += [cell(entry, mine, curves, **more)] * entry.fits(args.only)
+    return pd.DataFrame(cells)
 
 
-# --------------------------------------------------------------------------------------------------------- the page
+def published(entry: suites.Entry, mine: pd.DataFrame, reference: pd.DataFrame) -> list[dict]:
+    """Published scores beside ours; of one project and metric, the one with the closest budget."""
+    rows = reference[(reference["env_id"] == entry.env) & (reference["algo"] == entry.algo)]
+    rows = rows[rows["metric"].isin(METRICS)]
+    gap, found = (rows["steps"].fillna(1e9) / entry.steps).map(math.log).abs(), []
+    for row in rows.loc[gap.groupby([rows["source"], rows["metric"]], sort=False).idxmin()].itertuples():
+        column, measure = METRICS[row.metric]
+        ours = mine[column].dropna().to_numpy(float)
+        if not len(ours):
+            continue
+        is_below, is_within = ours.mean() < row.score, stats.mean_interval(ours)[1] >= row.score
+        spread = f" ± {form(row.spread)} over {'runs' if 'seeds' in row.spread_kind else 'episodes'}"
+        steps, count = (whole(x) if x > 0 else "?" for x in (row.steps, row.n_seeds))
+        peer = {"script": f"`{entry.script.stem}`", "measure": measure, "ours": with_interval(ours)}
+        peer |= {"published": exact(row.score) + spread * (row.spread_kind != "none"), "by": row.source}
+        peer["ours is"] = "**below**" + ", within our interval" * bool(is_within) if is_below else "at or above"
+        peer["their environment, steps, runs"] = f"{row.their_env_id}, {steps}, {count}"
+        short = f"{form(ours.mean())} against {row.source}'s {exact(row.score)}"
+        found.append({"row": peer, "source": row.source, "is below": is_below, "short": short})
+    return found
 
 
-def form(value: float) -> str:
-    """A number of the page: whole from 1000 on, two decimals below 10, a real minus sign."""
-    if math.isnan(value):
-        return "–"
-    value = float(f"{value:.9g}")  # so that a tie is a tie on every processor
-    digits = 0 if abs(value) >= 999.5 else 1 if abs(value) >= 9.995 else 2
-    text = f"{value:.{digits}f}"
-    return text.replace("-", "−") if float(text) else text.removeprefix("-")
+def normalized(of: pd.DataFrame, reference: pd.DataFrame) -> dict[str, dict[str, np.ndarray]]:
+    """Algorithm -> environment -> scores, on a scale from random (0) to the target or, on Atari, to human (1)."""
+    known, found = reference.set_index(["source", "algo", "env_id"])["score"], {}
+    targets = of.groupby("env")["target"].max()
+    for x in of[of["ran"]].itertuples():
+        source = "DQN Zoo" if x.env.startswith("ALE/") else "SLM-Lab"
+        low, high = (known.get((source, name, x.env), math.nan) for name in ("random", "human"))
+        high = targets[x.env] if math.isnan(high) else high
+        if high > low:
+            found.setdefault(x.algo, {})[x.env] = (x.finals - low) / (high - low)
+    return found
 
 
-def exact(value: float) -> str:
-    """A number that somebody has set or published: to two decimals where it has them."""
-    return f"{value:.2f}".rstrip("0").rstrip(".").replace("-", "−")
+# ------------------------------------------------------------------------------------------------------------- the page
 
 
-def whole(value: float) -> str:
-    return f"{value:,.0f}".replace(",", " ")
+def table(rows: list[dict[str, str]], names: list[str] | None = None) -> list[str]:
+    names = names or list(rows[0])
+    lines = [names, ["---"] * len(names), *([row[name] for name in names] for row in rows)]
+    return [*(f"| {' | '.join(cells)} |" for cells in lines), ""]
 
 
-def between(interval: np.ndarray) -> str:
-    return "" if np.isnan(interval).any() else f" [{form(interval[0])}, {form(interval[1])}]"
+def fold(summary: str, *lines: str) -> list[str]:
+    return [f"<details><summary>{summary}</summary>", "", *lines, "</details>", ""]
 
 
-def with_interval(values: np.ndarray, bold: bool = False) -> str:
-    if not len(values):
-        return "–"
-    mean = form(values.mean())
-    return (f"**{mean}**" if bold else mean) + between(stats.mean_interval(values))
+def describe(x) -> dict[str, str]:
+    """The row of an entry, with SCORES and DETAILS."""
+    row, n, found = dict.fromkeys([*SCORES, *DETAILS], ""), len(x.runs), x.runs
+    row["script"] = f"[`{x.label}`](../algos/{x.script.name})" if x.is_ours else f"`{x.label}`"
+    row |= {"steps": whole(x.steps), "seeds": f"{n} of {x.seeds}" if n < x.seeds else f"{n}"}
+    row["target"] = "–" if math.isnan(x.target) else exact(x.target)
+    if not n:
+        return row | {"training return": "no runs yet"}
+    older = (found["code"] != runs.code_hash(x.script.read_text())).sum()
+    row["seeds"] += f" ({older}†)" * bool(older)
+    row["training return"] = f"**{form(x.finals.mean())}**" + between(stats.mean_interval(x.finals))
+    row["worst … best"] = f"{form(x.finals.min())} … {form(x.finals.max())}"
+    row["evaluation"] = with_interval(found["eval_mean"].dropna().to_numpy(float))
+    row["target"] += "" if math.isnan(x.target) else " met" if x.met else " **not met**"
+    row |= {"minutes": form(found["minutes"].median()), "median": form(np.median(x.finals))}
+    row["steps/s"] = whole(found["sps"].median())
+    machines = {f"{y.gpu or y.cpu}, {y.threads:.0f} thread{'s' * (y.threads != 1)}" for y in found.itertuples()}
+    row["machine"] = "; ".join(sorted(machines))
+    row["commit"] = ", ".join(sorted({re.sub(r"^(\w{7})\w*", r"`\1`", commit) for commit in found["commit"]}))
+    return row
 
 
-def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    lines = [" | ".join(cells) for cells in [head, ["---"] * len(head), *rows]]
-    return [f"| {line} |" for line in lines] + [""]
+def environment_section(env: str, cells: pd.DataFrame) -> list[str]:
+    rows, peers = [describe(x) for x in cells.itertuples()], [peer["row"] for peer in cells["peers"].explode().dropna()]
+    commands = [x.command + f"  # {x.why}" * bool(x.why) for x in cells.itertuples()]
+    details = table([row for row in rows if row["median"]], DETAILS)
+    plot = f"![Learning curves on {env}](plots/{plot_name(cells['suite'].iloc[0], env)})"
+    lines = [f"### {env}", "", plot, "", *table(rows, SCORES)]
+    lines += fold("Commands and details", "```sh", *commands, "```", "", *details)
+    return lines + (["Beside published scores:", "", *table(peers)] if peers else [])
 
 
-def marks(cell: Cell) -> str:
-    """What a reader has to know about these runs."""
-    n, changed = len(cell.rows), sum(map(cell.has_changed, cell.rows))
-    dirty = sum(row["clean"] == "no" for row in cell.rows)
-    counts = {"script changed since": changed, "uncommitted changes": dirty}
-    return ", ".join(word if count == n else f"{word} ({count} of {n} runs)" for word, count in counts.items() if count)
-
-
-def machine(row: dict[str, str]) -> str:
-    threads = f"{row['threads']} thread" + ("s" if row["threads"] != "1" else "")
-    return f"{row['gpu']} and {row['cpu']}" if row["gpu"] else f"{row['cpu']}, {threads}"
-
-
-def score_row(cell: Cell) -> list[str]:
-    entry, finals = cell.entry, cell.values("final_return")
-    seeds = f"{len(cell.rows)} of {entry.seeds}" if len(cell.rows) < entry.seeds else str(len(cell.rows))
-    start = [f"[`{entry.script}`](../algos/{entry.script}.py)", whole(entry.steps), seeds]
-    if not cell.rows:
-        return [*start, "no runs yet", "", "", "", exact(entry.target), "", "", "", "", ""]
-    return [
-        *start,
-        with_interval(finals, bold=True),
-        form(np.median(finals)),
-        f"{form(finals.min())} … {form(finals.max())}",
-        with_interval(cell.values("eval_mean")),
-        f"{exact(entry.target)} " + ("met" if finals.mean() >= entry.target else "**not met**"),
-        form(np.median(cell.values("minutes"))),
-        whole(np.median(cell.values("sps"))),
-        cell.distinct(machine),
-        cell.distinct(lambda row: f"`{row['commit'][:7]}`" if row["commit"] else "unknown"),
-        marks(cell),
-    ]
-
-
-SCORES = [
-    *("script", "steps", "seeds", "training return", "median", "worst … best", "evaluation", "target"),
-    *("minutes", "steps/s", "machine", "commit", "marks"),
-]
-SHORT = ["script", "steps", "seeds", "training return", "target", "evaluation", "minutes"]  # what README.md shows
-
-
-@dataclass
-class Peer:
-    """A published score beside ours, by the nearest measure."""
-
-    row: dict[str, str]
-    cell: Cell
-    ours: np.ndarray = field(init=False)
-
-    def __post_init__(self):
-        self.ours = self.cell.values(MEASURES[self.row["metric"]][0])
-
-    @property
-    def score(self) -> float:
-        return float(self.row["score"])
-
-    @property
-    def is_below(self) -> bool:
-        return bool(self.ours.mean() < self.score)
-
-    @property
-    def verdict(self) -> str:
-        if not self.is_below:
-            return "at or above"
-        return "**below**, within our interval" if stats.mean_interval(self.ours)[1] >= self.score else "**below**"
-
-    @property
-    def differences(self) -> str:
-        """How their protocol differs from ours."""
-        row, entry, words = self.row, self.cell.entry, []
-        if row["their_env_id"] != entry.env:
-            words.append(row["their_env_id"])
-        steps = int(row["steps"]) if row["steps"] else None
-        if steps != entry.steps:
-            words.append(f"{whole(steps)} steps" if steps else "steps not stated")
-        words.append({"1": "one run", "": "number of runs not stated"}.get(row["n_seeds"], f"{row['n_seeds']} runs"))
-        words += [part for part in row["note"].split("; ") if part != "one run"]
-        return "; ".join(words)
-
-
-def peers(cell: Cell, reference: list[dict[str, str]]) -> list[Peer]:
-    """Published scores of this algorithm here; of one project by one measure, the one with the nearest budget."""
-    found = {}
-    for row in reference:
-        if (row["env_id"], row["algo"]) == (cell.entry.env, cell.algo) and row["metric"] in MEASURES:
-            gap = abs(math.log(float(row["steps"] or 1e9) / cell.entry.steps))
-            slot = row["source"], row["metric"]
-            if slot not in found or gap < found[slot][0]:
-                found[slot] = gap, Peer(row, cell)
-    return [peer for _, peer in found.values() if len(peer.ours)]
-
-
-def peer_row(peer: Peer) -> list[str]:
-    spread = {"std_seeds": " ± {} over runs", "std_episodes": " ± {} over episodes"}
-    kind = peer.row["spread_kind"].replace("_avg_over_window", "").replace("_ddof1", "")
-    theirs = exact(peer.score) + (spread.get(kind, "").format(form(float(peer.row["spread"] or "nan"))))
-    name = f"`{peer.cell.entry.script}`"
-    measure = MEASURES[peer.row["metric"]][1]
-    return [name, measure, with_interval(peer.ours), theirs, peer.row["source"], peer.verdict, peer.differences]
-
-
-def command(cell: Cell) -> str:
-    """What repeats the first run, and what the entry is for."""
-    entry = cell.entry
-    words = [f"python algos/{entry.script}.py", f"--env-id {entry.env}", f"--total-timesteps {entry.steps}"]
-    return " ".join([*words, *entry.words, "--seed 1"]) + f"  # {' '.join(entry.why.split())}"
-
-
-def slm_row(cell: Cell, random: dict[str, float]) -> list[str]:
-    values = [cell.values(name) for name in ("slm_score", "strength", "efficiency", "stability")]
-    means = [x.mean() if len(x) else math.nan for x in values]
-    means[2] *= cell.entry.steps
-    curve, zero = cell.curve(), random.get(cell.entry.env)
-    same = math.nan if zero is None or len(curve) < 2 else stats.consistency(curve, zero)
-    shares = ["–" if math.isnan(x) else f"{x:.3f}".replace("-", "−") for x in (means[3], same)]
-    return [f"`{cell.entry.script}`", *map(form, means[:3]), *shares]
-
-
-def environment_section(env: str, cells: list[Cell], of: Table, reference: list[dict], random: dict) -> list[str]:
-    ran = [cell for cell in cells if cell.rows]
-    name = plot_name(of.suite.name, env)
-    lines = [f"### {env}", "", f"![Learning curves on {env}](plots/{name})", ""]
-    lines += table(SCORES, [score_row(cell) for cell in cells])
-    rows = [peer_row(peer) for cell in ran for peer in peers(cell, reference)]
-    if rows:
-        head = ["script", "measure", "ours", "published", "by", "ours is", "theirs differs in"]
-        lines += ["Beside published scores:", "", *table(head, rows)]
-    lines += ["<details><summary>Commands, and SLM-Lab's measures</summary>", ""]
-    lines += ["```sh", *(command(cell) for cell in cells), "```", ""]
-    for cell in (cell for cell in cells if cell.links):
-        runs = " ".join(f"[{seed}]({url})" for seed, url in sorted(cell.links.items(), key=lambda item: int(item[0])))
-        lines += [f"Run folders of `{cell.entry.script}`, by seed: {runs}", ""]
-    head = ["script", "score", "strength", "efficiency × steps", "stability", "consistency"]
-    return lines + table(head, [slm_row(cell, random) for cell in ran]) + ["</details>", ""]
-
-
-def aggregate_section(of: Table) -> list[str]:
-    scores = of.normalised()
-    if not scores:
-        return []
-    rows, total = [], len(of.environments())
-    budget = {(cell.algo, cell.entry.env): cell.entry.steps for cell in of.cells}
+def aggregate_section(of: pd.DataFrame, scores: dict[str, dict[str, np.ndarray]]) -> list[str]:
+    rows, steps = [], of.groupby(["algo", "env"])["steps"].first()
     for algo, by_env in scores.items():
         value, interval = stats.iqm_interval(list(by_env.values()))
-        shared = [env for env in by_env if env in scores.get(BASELINE, {})]
-        shared = [env for env in shared if budget[algo, env] == budget[BASELINE, env]]
-        cells = [f"`{algo}`", f"{len(by_env)} of {total}", str(sum(map(len, by_env.values())))]
-        cells.append(f"**{value:.2f}**" + fractions(interval))
-        if algo == BASELINE or not shared:
-            cells += ["–", "–"]
-        else:
-            theirs = [scores[BASELINE][env] for env in shared]
-            value, interval = stats.improvement([by_env[env] for env in shared], theirs)
-            cells += [f"{value:.2f}" + fractions(interval), ", ".join(shared)]
-        rows.append(cells)
-    if of.is_atari:
-        how = "(score − random) / (human − random), the human and random scores being DQN Zoo's."
-    else:
-        how = "(score − random) / (target − random): the random policy's score is SLM-Lab's, the target the highest of "
-        how += "the environment's entries."
-    files = [plot_name(of.suite.name, "iqm"), plot_name(of.suite.name, "profile")]
-    return [
-        f"Over environments, with training returns on one scale, {how} Rows with different environments cannot be "
-        f"ranked by their means; the probability that a run scores above one of `{BASELINE}` is over those that "
-        "both learned with the same number of steps.",
-        "",
-        *table(
-            ["algorithm", "environments", "runs", "interquartile mean", f"P(above `{BASELINE}`)", "on"],
-            rows,
-        ),
-        *(f"![{of.suite.title}: {what}](plots/{file})" for what, file in zip(("aggregate", "profile"), files)),
-        "",
-    ]
-
-
-def fractions(interval: np.ndarray) -> str:
-    return "" if np.isnan(interval).any() else f" [{interval[0]:.2f}, {interval[1]:.2f}]".replace("-", "−")
-
-
-def falls_short(of: Table, reference: list[dict[str, str]]) -> list[str]:
-    lines = []
-    for cell in of.cells:
-        finals = cell.values("final_return")
-        reasons = []
-        if len(finals) and finals.mean() < cell.entry.target:
-            reasons.append(f"{form(finals.mean())} against the target {exact(cell.entry.target)}")
-        for peer in peers(cell, reference):
-            if peer.is_below:
-                steps = f" after {whole(float(peer.row['steps']))} steps" if peer.row["steps"] else ""
-                other = f" on {peer.row['their_env_id']}" if peer.row["their_env_id"] != cell.entry.env else ""
-                theirs = f"{peer.row['source']}'s {exact(peer.score)}{other}{steps}"
-                reasons.append(f"{form(peer.ours.mean())} against {theirs} ({MEASURES[peer.row['metric']][1]})")
-        if reasons:
-            tried = cell.entry.tried or "nothing is written down yet."
-            lines.append(f"- `{cell.entry.script}` on {cell.entry.env}, {whole(cell.entry.steps)} steps: ")
-            lines[-1] += "; ".join(reasons) + f". Tried: {tried}"
-    return ["### What falls short", "", *lines, ""] if lines else []
-
-
-def suite_section(of: Table, reference: list[dict[str, str]], random: dict[str, float]) -> list[str]:
-    suite, environments = of.suite, of.environments()
-    lines = [f"## {suite.title}", "", suite.protocol, ""]
-    lines += aggregate_section(of)
-    for env, cells in environments.items():
-        lines += environment_section(env, cells, of, reference, random)
-    lines += falls_short(of, reference)
-    waiting = {}
-    for cell in of.cells:
-        if cell.entry.env not in environments:
-            waiting.setdefault(cell.entry.env, []).append(f"`{cell.entry.script}`")
-    by_scripts = {}
-    for env, scripts in waiting.items():
-        by_scripts.setdefault(", ".join(scripts), []).append(env)
-    if waiting:
-        lines += [
-            "No runs yet:",
-            "",
-            *(f"- {scripts} on {', '.join(envs)}" for scripts, envs in by_scripts.items()),
-            "",
-        ]
-    if of.hidden:
-        lines += [f"Not shown: {of.hidden} runs with steps, flags or an entry that the suite no longer has.", ""]
-    what = "To make the runs of this suite that your `runs/` does not hold (in a fresh clone all: it is not in git)"
-    return [*lines, f"{what}: `python benchmark/run.py {suite.name}`", ""]
-
-
-def summary(tables: list[Table], reference: list[dict[str, str]]) -> list[str]:
-    rows = []
-    for of in tables:
-        ran = [cell for cell in of.cells if cell.rows]
-        met = sum(cell.values("final_return").mean() >= cell.entry.target for cell in ran)
-        runs = sum(len(cell.rows) for cell in ran)
-        row = [f"[{of.suite.title}](#{anchor(of.suite.title)})", f"{len(ran)} of {len(of.cells)}"]
-        row += [f"{runs} of {sum(max(cell.entry.seeds, len(cell.rows)) for cell in of.cells)}"]
-        row += [f"{met} of {len(ran)}" if ran else "–"]
-        for source in ("SLM-Lab", "CleanRL", "rl-zoo3"):
-            found = [peer for cell in ran for peer in peers(cell, reference) if peer.row["source"] == source]
-            row.append(f"{sum(not peer.is_below for peer in found)} of {len(found)}" if found else "–")
+        row = {"algorithm": f"`{algo}`", "environments": f"{len(by_env)} of {of[of['ran']]['env'].nunique()}"}
+        row["runs"] = str(sum(map(len, by_env.values())))
+        row["interquartile mean"] = f"**{fraction(value)}**" + between(interval, fraction)
+        row |= {f"P(above `{BASELINE}`)": "–", "on": "–"}
+        baseline = scores.get(BASELINE, {}) if algo != BASELINE else {}
+        if shared := [env for env in by_env if env in baseline and steps[algo, env] == steps[BASELINE, env]]:
+            value, interval = stats.improvement([by_env[env] for env in shared], [baseline[env] for env in shared])
+            row[f"P(above `{BASELINE}`)"] = fraction(value) + between(interval, fraction)
+            row["on"] = ", ".join(shared)
         rows.append(row)
-    head = ["suite", "entries with runs", "runs", "targets met", "at or above SLM-Lab", "CleanRL", "rl-zoo3"]
-    return table(head, rows) if rows else ["No suites yet.", ""]
+    return ["Over environments:", "", *table(rows)] if rows else []
+
+
+def suite_section(title: str, of: pd.DataFrame, scores: dict[str, dict[str, np.ndarray]]) -> list[str]:
+    lines, waiting = [f"## {title}", "", of["protocol"].iloc[0], "", *aggregate_section(of, scores)], []
+    for env, cells in of.groupby("env", sort=False):
+        lines += environment_section(env, cells) if cells["ran"].any() else []
+        waiting += [] if cells["ran"].any() else [f"`{label}` on {env}" for label in cells["label"]]
+    summary = f"No runs yet: {len(waiting)} of {len(of)} entries"
+    return lines + (fold(summary, ", ".join(waiting), "") if waiting else [])
+
+
+def summary(cells: pd.DataFrame) -> list[str]:
+    rows = []
+    for title, of in cells.groupby("title", sort=False):
+        counts = of["runs"].map(len)
+        row = {"suite": f"[{title}](#{anchor(title)})", "entries with runs": f"{of['ran'].sum()} of {len(of)}"}
+        row["runs"] = f"{counts.sum()} of {np.maximum(counts, of['seeds']).sum()}"
+        row["targets met"] = f"{of['met'].sum()} of {of['ran'].sum()}" if of["ran"].any() else "–"
+        for source in ("SLM-Lab", "CleanRL", "rl-zoo3"):
+            below = [peer["is below"] for peer in of["peers"].explode().dropna() if peer["source"] == source]
+            row[f"at or above {source}"] = f"{len(below) - sum(below)} of {len(below)}" if below else "–"
+        rows.append(row)
+    return table(rows)
+
+
+def falls_short(cells: pd.DataFrame) -> list[str]:
+    lines = []
+    for x in cells[cells["ran"]].itertuples():
+        missed = [] if x.met else [f"{form(x.finals.mean())} against the target {exact(x.target)}"]
+        missed += [peer["short"] for peer in x.peers if peer["is below"]]
+        lines += [f"- `{x.label}` on {x.env}: {'; '.join(missed)}. {x.tried}".strip()] * bool(missed)
+    return ["## What falls short", "", *lines] if lines else []
 
 
 def anchor(title: str) -> str:
@@ -425,153 +231,114 @@ def anchor(title: str) -> str:
     return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
 
 
-HEAD = """\
-# Benchmarks
-
-Generated by `python benchmark/report.py` from [`benchmark/results/`](../benchmark/results); an edit by hand would be
-lost. [How to read this page, and how to add to it](benchmarking.md).
-
-*Training return*: the mean of a run's last 100 training episodes, exploring as the agent does, then the mean over
-seeds with its 95 % bootstrap interval, the median, the worst and the best seed. *Evaluation*: greedy, after training,
-in the same form. *Target*: what the mean training return has to reach. *Minutes* and *steps/s*: medians over seeds of
-training alone, beside whatever else the machine was doing. *Script changed since*: its code, texts and messages
-aside, is not what it was in these runs, and no repeated run has shown yet that this leaves the numbers as they are.
-*Uncommitted changes*: the commit alone does not give the code of these runs.
-
-Published scores stand beside the measure of ours that is nearest to theirs; they are theirs, not rerun here, and the
-last column says how their protocol differs, as far as they state it. Every score below a target or a published score
-is listed under *What falls short*. Commands begin with `python`: where uv runs the project, that is `uv run python`.
-"""
-
-
-def page(tables: list[Table]) -> str:
-    reference, random = collect.read_reference(), collect.reference_scores("random", "SLM-Lab")
-    lines = [HEAD, *summary(tables, reference)]
-    for of in tables:
-        lines += suite_section(of, reference, random)
-    return "\n".join(lines).rstrip() + "\n"
-
-
-BEGIN, END = "<!-- written by benchmark/report.py -->\n", "<!-- end of what report.py writes -->\n"
-
-
-def short_table(tables: list[Table]) -> str:
-    """The baseline algorithm on every environment that has runs of it."""
-    cells = [cell for of in tables for cell in of.cells if cell.rows and cell.algo == BASELINE]
-    head = SHORT + ["marks"] * any(map(marks, cells))
-    rows = []
-    for cell in cells:
-        row, env = dict(zip(SCORES, score_row(cell))), cell.entry.env
-        rows.append([f"[{env}](docs/BENCHMARKS.md#{anchor(env)})", *(row[name].replace("../", "") for name in head)])
-    return "\n".join(table(["environment", *head], rows))
-
-
-def readme(text: str, tables: list[Table]) -> str:
-    """README.md with what stands between the two comments written anew; without them as it is."""
+def readme(text: str, cells: pd.DataFrame) -> str:
+    """README.md with a table of the baseline between the two comments."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
-    return before + begin + "\n" + short_table(tables) + "\n" + end + after if end else text
+    shown = list(cells[cells["ran"] & (cells["algo"] == BASELINE)].itertuples())
+    rows = [describe(x) | {"environment": f"[{x.env}](docs/BENCHMARKS.md#{anchor(x.env)})"} for x in shown]
+    lines = table(rows, ["environment", *(name for name in SCORES if name != "worst … best")])
+    lines += ["†: so many runs were made by an earlier version of the script.", ""]
+    lines += fold("The commands", "```sh", *(f"uv run {x.command}" for x in shown), "```", "")
+    return before + begin + "\n" + "\n".join(lines).replace("../", "") + "\n" + end + after if end else text
 
 
-# -------------------------------------------------------------------------------------------------------- the plots
+# ------------------------------------------------------------------------------------------------------------ the plots
 
 
 def plot_name(suite: str, what: str) -> str:
     return f"{suite}-{re.sub('[^A-Za-z0-9]+', '-', what)}.svg"
 
 
-def draw(of: Table, styles: dict[str, int]) -> dict[str, bytes]:
-    """File name -> SVG."""
-    drawn = {}
-    for env, cells in of.environments().items():
-        lines = []
-        for cell in cells:
-            curve = cell.curve()
-            if len(curve):
-                steps = np.array(cell.curves["step"], dtype=float)
-                lines.append((cell.entry.script, styles[cell.algo], steps, curve.mean(0), stats.band(curve)))
-        if lines:
-            target = max(cell.entry.target for cell in cells)
-            drawn[plot_name(of.suite.name, env)] = plots.learning_curves(env, lines, target)
-    scores, total = of.normalised(), len(of.environments())
-    if scores:
-        everything = np.concatenate([x for by_env in scores.values() for x in by_env.values()])
-        low, high = np.clip(everything.min(), -0.5, 0), np.clip(everything.max() * 1.02, 1.2, 4)
-        taus = plots.tidy(np.linspace(low, high, 181))
-        names = {algo: f"{algo}, {len(by_env)} of {total}" for algo, by_env in scores.items()}
-        strata = {algo: list(by_env.values()) for algo, by_env in scores.items()}
-        lines = [(names[a], styles[a], taus, *stats.profile(x, taus)) for a, x in strata.items()]
-        profile = plots.profiles(
-            of.suite.title, of.scale, taus, [(n, s, share, band) for n, s, _, share, band in lines]
-        )
-        bars = plots.aggregates(
-            of.suite.title, of.scale, [(names[a], styles[a], *stats.iqm_interval(x)) for a, x in strata.items()]
-        )
-        drawn |= {plot_name(of.suite.name, "profile"): profile, plot_name(of.suite.name, "iqm"): bars}
-    return drawn
-
-
-# ---------------------------------------------------------------------------------------------------------- the run
-
-
-def read_suites(folder: Path) -> list[suites.Suite]:
-    paths = {path.stem: path for path in sorted(folder.glob("*.toml")) if path.stem not in UNPUBLISHED}
-    names = [name for name in FIRST if name in paths] + [name for name in paths if name not in FIRST]
-    return [suites.load(paths[name]) for name in names]
-
-
-def generate(args: Args) -> dict[Path, bytes]:
-    """Every generated file and its content."""
-    tables = [read_table(suite, args.results_dir) for suite in read_suites(args.suites_dir)]
-    algos = sorted({cell.algo for of in tables for cell in of.cells} | set(KNOWN), key=number)
-    styles = {algo: i for i, algo in enumerate(algos)}
-    files = {args.docs_dir / "BENCHMARKS.md": page(tables).encode()}
-    if (path := args.docs_dir.parent / "README.md").exists():
-        files[path] = readme(path.read_text(), tables).encode()
-    for of in tables:
-        files |= {args.docs_dir / "plots" / name: content for name, content in draw(of, styles).items()}
-    return files
-
-
-def differences(files: dict[Path, bytes], plots_dir: Path) -> list[str]:
-    """What on disk is not what it should be. Plots by another matplotlib are not compared."""
+def draw_curves(env: str, cells: pd.DataFrame, styles: list[str]) -> bytes:
     lines = []
-    for path, content in files.items():
-        old = path.read_bytes() if path.exists() else None
-        made_with = re.search(rb"Matplotlib v(\S+?),", old or b"")
-        if old is None:
-            lines.append(f"{path} is missing")
-        elif old != content and made_with and made_with[1].decode() != matplotlib.__version__:
-            print(f"not compared: {path.name}, by matplotlib {made_with[1].decode()}", file=sys.stderr)
-        elif old != content:
-            lines.append(f"{path} is not up to date")
-    return lines + [f"{path} is left over" for path in sorted(plots_dir.glob("*.svg")) if path not in files]
+    for x in cells.itertuples():
+        curves = x.curves[list(x.runs["seed"])].to_numpy(float).T
+        lines.append((x.label, styles.index(x.algo), x.curves.index, curves.mean(0), stats.band(curves), x.target))
+    return plots.learning_curves(env, lines)
+
+
+# -------------------------------------------------------------------------------------------------------------- the run
+
+
+def chosen(args: Args) -> list[suites.Suite]:
+    names = args.suites or [*FIRST, *(name for name in suites.suite_names() if name not in [*FIRST, "smoke"])]
+    return [suites.load(name) for name in names]
+
+
+def generate(args: Args) -> tuple[pd.DataFrame, str, dict[str, partial]]:
+    """The data; the page; and what draws its plots, by the names of their files."""
+    reference = pd.read_csv(results.REFERENCE)
+    cells = read_own(args) if args.folder else read_suites(args, reference)
+    if cells.empty:
+        runs.fail("nothing to report: no finished runs, or no entry that matches --only")
+    styles, figures = list(cells["algo"].unique()), {}
+    lines = ["# Runs", ""] if args.folder else [Path(__file__).with_name("page.md").read_text(), *summary(cells)]
+    for title, of in cells.groupby("title", sort=False):
+        lines += suite_section(title, of, normalized(of, reference))
+        for env, those in of[of["ran"]].groupby("env", sort=False):
+            figures[plot_name(of["suite"].iloc[0], env)] = partial(draw_curves, env, those, styles)
+    return cells, "\n".join([*lines, *falls_short(cells)]).rstrip() + "\n", figures
+
+
+def as_html(text: str, figures: dict[str, partial]) -> str:
+    """The page as one file, with its plots and without links to other files."""
+    text = re.sub(r"(?<!!)\[([^]]+)\]\((?!#|http)[^)]*\)", r"\1", text)
+    body = MarkdownIt("commonmark").enable("table").render(text)
+    body = re.sub("<h([23])>(.*)</h", lambda m: f'<h{m[1]} id="{anchor(m[2])}">{m[2]}</h', body)
+    for name, draw in figures.items():
+        body = body.replace(f"plots/{name}", f"data:image/svg+xml;base64,{base64.b64encode(draw()).decode()}")
+    return Path(__file__).with_name("page.html").read_text().replace("BODY", body)
+
+
+def export(cells: pd.DataFrame, path: Path) -> None:
+    """Everything in one tidy table: a row per run and point of its curve."""
+    parts = []
+    for x in cells[cells["ran"]].itertuples():
+        curve = x.curves.rename_axis("step").reset_index().melt("step", var_name="seed", value_name="return")
+        parts.append(x.runs.merge(curve.astype({"seed": int}), on="seed").assign(suite=x.suite))
+    everything = pd.concat(parts).drop(columns="folder", errors="ignore")
+    everything.to_parquet(path) if path.suffix == ".parquet" else everything.to_csv(path, index=False)
+
+
+def write(texts: dict[Path, str], svgs: dict[Path, partial], is_check: bool) -> None:
+    """Write pages and plots and remove other plots; or only name what is out of date, plots by their names."""
+    folder = next(iter(texts)).parent / "plots"
+    extra = set(folder.glob("*.svg")) - svgs.keys()
+    if is_check:
+        old = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
+        old += sorted(extra | {path for path in svgs if not path.exists()})
+        print("\n".join(f"out of date: {path}" for path in old) or "up to date")
+        raise SystemExit(1 if old else 0)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, content in [*texts.items(), *svgs.items()]:
+        path.write_text(content) if isinstance(content, str) else path.write_bytes(content())
+    for path in extra:
+        path.unlink()
+    print(f"wrote {', '.join(map(str, texts))} and {len(svgs)} plots")
 
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
-    plots_dir = args.docs_dir / "plots"
+    is_part, is_page = bool(args.folder or args.suites or args.only), not (args.html or args.export)
+    if is_part and is_page and args.out == Args.out:
+        runs.fail("this is only a part of docs/BENCHMARKS.md: add --html FILE, --export FILE, or --out FOLDER")
     try:
-        if args.collect and not args.check:
-            random = collect.reference_scores("random", "SLM-Lab")
-            for suite in read_suites(args.suites_dir):
-                for line in collect.collect(suite, args.runs_dir, args.results_dir, random):
-                    print(f"left out: {line}", file=sys.stderr)
-        files = generate(args)
-    except (suites.SuiteError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    if args.check:
-        lines = differences(files, plots_dir)
-        print("\n".join([*lines, "run: python benchmark/report.py --no-collect"] if lines else ["up to date"]))
-        raise SystemExit(1 if lines else 0)
-    for path, content in files.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    for path in plots_dir.glob("*.svg"):
-        if path not in files:
-            path.unlink()
-    print(f"wrote {args.docs_dir / 'BENCHMARKS.md'} and {sum(path.suffix == '.svg' for path in files)} plots")
+        if args.collect and is_page and not args.check and not args.folder:
+            for suite in chosen(args):
+                print("".join(f"{line}\n" for line in results.collect(suite, args.runs_dir, args.results_dir)), end="")
+        cells, text, figures = generate(args)
+        if args.html:
+            args.html.write_text(as_html(text, figures))
+        if args.export:
+            export(cells, args.export)
+    except (OSError, ValueError, ImportError) as error:
+        runs.fail(str(error).partition("\n")[0])
+    if is_page:
+        texts, path = {args.out / "BENCHMARKS.md": text}, args.out.parent / "README.md"
+        if path.exists() and not is_part:
+            texts[path] = readme(path.read_text(), cells)
+        write(texts, {args.out / "plots" / name: draw for name, draw in figures.items()}, args.check)
 
 
 if __name__ == "__main__":

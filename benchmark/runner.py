@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -87,17 +87,9 @@ def parse_seeds(text: str) -> list[int]:
 # ---------------------------------------------------------------------------------------------------------- backends
 
 
-class Handle(Protocol):
-    def poll(self) -> int | None:
-        """The exit code (minus the signal that killed it), None while it runs. Cheap: called ten times a second."""
-
-    def stop(self, force: bool = False) -> None:
-        """Ask the run to end, as Ctrl-C does; with `force` kill it. Does not wait."""
-
-
-class Backend(Protocol):
-    def start(self, spec: Spec, command: list[str], *, slot: str | None, threads: int, log: Path, lock: int) -> Handle:
-        """Start a run. When its handle's `poll` gives an exit code, the run folder on this machine is up to date."""
+# A backend has `start(spec, command, *, slot, threads, log, lock)`, which returns a handle. Its `poll()` is the
+# exit code (minus the signal that killed it), None while it runs; then the run folder on this machine is up to date. It
+# is called ten times a second. `stop(force=False)` asks the run to end, as Ctrl-C does, or kills it, and does not wait.
 
 
 class Process:
@@ -167,6 +159,7 @@ class Job:
     seconds: float = 0.0
     trailing: float | None = None  # mean return of the last 100 episodes
     starts: int = 0
+    code: int = 0  # the exit code of its last start
     handle: Any = None
     lock: int = -1
     slot: str | None = None
@@ -222,7 +215,7 @@ class Runner:
         self,
         jobs: list[Job],
         slots: list[str | None],
-        backend: Backend,
+        backend: Any,
         threads: int = 1,
         device: str | None = None,
         retries: int = 0,
@@ -312,7 +305,7 @@ class Runner:
         self.display.refresh()
 
     def end(self, job: Job, code: int) -> None:
-        note, job.handle = job.note if job.note.startswith("killed") else "", None
+        note, job.handle, job.code = job.note if job.note.startswith("killed") else "", None, code
         self.free.append(job.slot)
         self.release(job)
         if self.stops:
