@@ -1,4 +1,7 @@
-"""What the tests share: the list of scripts, a tiny run of each, and ways to start them."""
+"""What the tests of the scripts share: the list of scripts, a tiny run of each, and ways to start them.
+
+PyTorch is imported where it is needed, so that tests of the tools start at once.
+"""
 
 import csv
 import importlib
@@ -7,10 +10,8 @@ import json
 import multiprocessing
 import os
 import random
-import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -21,15 +22,13 @@ from types import ModuleType, SimpleNamespace
 import environments
 import numpy as np
 import pytest
-import safetensors.torch
-import torch
 from gymnasium.spaces import Box, Discrete
-from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
 TIMEOUT = 600  # seconds for any one process: a hang, whatever else the machine is doing
 
+os.environ["OMP_NUM_THREADS"] = "1"  # tests run in parallel
 environments.register()
 
 
@@ -54,7 +53,8 @@ FAMILIES = [  # the first whose suffix fits; a new kind of script needs a row he
         env_id="ALE/Klax-v5",  # every policy ends it within 400 steps, a random one within 130
         spaces=(Box(0, 255, (4, 84, 84), np.uint8), Discrete(4)),
         refused=["CartPole-v1", "Pendulum-v1", "Test/Image-v0", "ALE/Pung-v5"],
-        flags={"total_timesteps": 700, "checkpoint_every": 256, "num_envs": 2, "eval_episodes": 1, "bf16": False},
+        flags={"total_timesteps": 700, "checkpoint_every": 256, "num_envs": 2, "eval_episodes": 1, "bf16": False}
+        | {"update_epochs": 1},
     ),
     Family(
         suffix="_continuous",
@@ -88,8 +88,8 @@ TINY = {  # each is passed to the scripts that have it; together, a run of less 
     # off-policy
     "batch_size": 32,
     "buffer_size": 2000,
-    "learning_starts": 1100,  # after the first checkpoint
-    "train_frequency": 4,
+    "learning_starts": 500,  # before the first checkpoint
+    "train_frequency": 8,
     "gradient_steps": 1,
     "random_repeat": 8,
 }
@@ -101,6 +101,11 @@ def family(script: str) -> Family:
 
 def load(script: str) -> ModuleType:
     return importlib.import_module(f"algos.{script}")
+
+
+def having(name: str) -> list[str]:
+    """The scripts that define a function or class of this name."""
+    return [script for script in SCRIPTS if hasattr(load(script), name)]
 
 
 def tiny(script: str, **changes) -> dict:
@@ -127,9 +132,6 @@ def arguments(script: str, **changes) -> list[str]:
     return words
 
 
-# ---------------------------------------------------------------------------------------------------- parts of a script
-
-
 def make_agent(script: str, **flags):
     observation_space, action_space = family(script).spaces
     envs = SimpleNamespace(single_observation_space=observation_space, single_action_space=action_space, num_envs=4)
@@ -137,17 +139,11 @@ def make_agent(script: str, **flags):
     return load(script).Agent(envs, args), args
 
 
-def named(script: str, name: str) -> str:
-    """The id of a test environment that comes with either kind of action."""
+def named(script: str, name: str = "Counter") -> str:
+    """The id of a test environment with the actions of this script; for Atari, where tests install games, of a game."""
+    if family(script).suffix == "_atari":
+        return family(script).env_id
     return f"Test/{name}{'Continuous' * (family(script).suffix == '_continuous')}-v0"
-
-
-def counter_id(script: str) -> str:
-    return named(script, "Counter")
-
-
-def tensors(*arrays):
-    return [torch.from_numpy(np.asarray(array)) for array in arrays]
 
 
 # --------------------------------------------------------------------------------------------------- starting a script
@@ -173,14 +169,14 @@ def on_step(module: ModuleType, change, patch=setattr) -> None:
     patch(module, "make_envs", make_changed_envs)
 
 
-def run_in_child(script: str, words: list[str], folder: Path, kill_after: tuple[str, int] | None) -> None:
-    """main() as the only thing in a process. kill_after=(file, n): SIGKILL n steps after this file is in the folder."""
+def run_in_child(path: Path, words: list[str], folder: Path, kill_after: tuple[str, int] | None) -> None:
+    """What `python path words` does. kill_after=(file, n): SIGKILL n steps after this file is in the run folder."""
     os.chdir(folder.parent)
     log = os.open(folder.with_suffix(".log"), os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1), os.dup2(log, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.argv = [str(ROOT / "algos" / f"{script}.py"), *words]
-    seen = []
+    sys.argv, sys.path = [str(path), *words], [str(path.parent), *sys.path]
+    module, seen = importlib.import_module(path.stem), []
 
     def kill(steps, obs, rewards):
         seen.extend([steps] * (folder / kill_after[0]).exists())
@@ -189,8 +185,8 @@ def run_in_child(script: str, words: list[str], folder: Path, kill_after: tuple[
         return obs, rewards
 
     if kill_after:
-        on_step(load(script), kill)
-    load(script).main()
+        on_step(module, kill)
+    module.main()
 
 
 # A process that is forked from one that has imported everything starts in milliseconds and not in four seconds.
@@ -198,10 +194,10 @@ FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["torch._dynamo", "conftest", *(f"algos.{script}" for script in SCRIPTS)])
 
 
-def start(script: str, *words, folder: Path, kill_after: tuple[str, int] | None = None):
+def start(path: Path, *words, folder: Path, kill_after: tuple[str, int] | None = None):
     """A script in a process of its own, beside the run folder; what it prints goes to folder.log."""
     words = [str(word) for word in words]
-    process = FORK.Process(target=run_in_child, args=(script, words, folder, kill_after), daemon=True)
+    process = FORK.Process(target=run_in_child, args=(path, words, folder, kill_after), daemon=True)
     process.start()
     return process
 
@@ -221,23 +217,6 @@ def wait_for(path: Path, process) -> None:
         time.sleep(0.002)
 
 
-def finish(process: subprocess.Popen) -> SimpleNamespace:
-    """Wait for its end: code, out, err."""
-    try:
-        out, err = process.communicate(timeout=TIMEOUT)
-    finally:
-        process.kill()
-    return SimpleNamespace(code=process.returncode, out=out, err=err)
-
-
-def lives(pid: str) -> bool:
-    """Whether there is a process of that number that has not ended."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 # ------------------------------------------------------------------------------------------------- reading a run folder
 
 
@@ -252,14 +231,10 @@ def bits(folder: Path) -> tuple[bytes, list]:
     return (folder / "agent.safetensors").read_bytes(), episodes(folder)
 
 
-def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Every file of a folder: its bytes and when it was written."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
-
-
 def saved_agent(script: str, folder: Path):
     """The agent of a finished run, and its Args, read as --evaluate reads them."""
+    import safetensors.torch
+
     module = load(script)
     args = module.Args(**json.loads((folder / "args.json").read_text())["args"])
     agent = module.Agent(module.make_envs(args, 1), args)
@@ -270,36 +245,6 @@ def saved_agent(script: str, folder: Path):
 # ------------------------------------------------------------------------------------------------------------- fixtures
 
 
-class ByScript(LoadScopeScheduling):
-    """With several workers, all tests of a script go to one: its runs, which the tests share, are made once. Likewise
-    those that share dstack's server.
-
-    Not by --dist loadgroup, which with pytest 9.2 groups nothing and does not say so (pytest-xdist issue 1386).
-    """
-
-    def _split_scope(self, nodeid: str) -> str:
-        """name.py::test[ppo-other] -> ppo; a test of no script is a group of its own."""
-        if "test_dstack_server.py" in nodeid:
-            return "server"
-        return next((word for word in re.findall(r"\w+", nodeid.partition("[")[2]) if word in SCRIPTS), nodeid)
-
-
-@pytest.hookimpl(optionalhook=True)  # pytest without xdist knows no such hook
-def pytest_xdist_make_scheduler(config, log):
-    return ByScript(config, log)
-
-
-@pytest.fixture(autouse=True)
-def leave_no_trace():
-    """main() is made to be the only thing in a process: put back what it sets."""
-    handler, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    signal.signal(signal.SIGTERM, handler)
-    torch.set_num_threads(threads)
-    torch.set_default_dtype(torch.float32)
-
-
 @pytest.fixture(scope="session", params=SCRIPTS)
 def script(request) -> str:
     return request.param
@@ -307,34 +252,23 @@ def script(request) -> str:
 
 @pytest.fixture(scope="session")
 def finished(script, tmp_path_factory) -> SimpleNamespace:
-    """A run of the file alone, copied to an empty folder, by plain Python, with ASCII streams and an umlaut."""
+    """A run of the file alone, copied to an empty folder."""
     base = tmp_path_factory.mktemp(f"finished-{script}")
-    shutil.copy(ROOT / "algos" / f"{script}.py", base)
-    words = arguments(script, run_dir=base / "ein Lauf, größer")
-    env = {name: value for name, value in os.environ.items() if name not in ("HOME", "PYTHONPATH")}
-    process = subprocess.Popen(
-        [sys.executable, f"{script}.py", *words],
-        cwd=base,
-        env=env | {"PYTHONIOENCODING": "ascii"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    done = finish(process)
-    assert done.code == 0, done.err
-    return SimpleNamespace(base=base, words=words, out=done.out, folder=base / "ein Lauf, größer")
+    path, folder = Path(shutil.copy(ROOT / "algos" / f"{script}.py", base)), base / "run"
+    words = arguments(script, run_dir=folder)
+    assert exit_code(start(path, *words, folder=folder)) == 0, folder.with_suffix(".log").read_text()
+    return SimpleNamespace(command=[str(path), *words], folder=folder)
 
 
 @pytest.fixture(scope="session")
 def unfinished(script, tmp_path_factory) -> Path:
     """The same run, killed before its first checkpoint, resumed, and killed at a random step after it."""
-    folder = tmp_path_factory.mktemp(f"unfinished-{script}") / "run"
+    path, folder = ROOT / "algos" / f"{script}.py", tmp_path_factory.mktemp(f"unfinished-{script}") / "run"
     words = arguments(script, run_dir=folder)
-    assert exit_code(start(script, *words, folder=folder, kill_after=("episodes.csv", 5))) == -signal.SIGKILL
+    assert exit_code(start(path, *words, folder=folder, kill_after=("episodes.csv", 5))) == -signal.SIGKILL
     assert not (folder / "checkpoint.pt").exists()
     moment = "checkpoint.pt", random.randrange(tiny(script)["total_timesteps"] // 3 // tiny(script)["num_envs"])
-    assert exit_code(start(script, "--resume", folder, folder=folder, kill_after=moment)) == -signal.SIGKILL, moment
+    assert exit_code(start(path, "--resume", folder, folder=folder, kill_after=moment)) == -signal.SIGKILL, moment
     return folder
 
 
@@ -351,6 +285,7 @@ def copy(tmp_path_factory):
 @pytest.fixture
 def call(monkeypatch, capfd, tmp_path):
     """call(script, *words) -> code, out, err: main() in this process, which saves the seconds of starting another."""
+    handler = signal.getsignal(signal.SIGTERM)
 
     def call(script: str, *words) -> SimpleNamespace:
         monkeypatch.chdir(tmp_path)
@@ -367,25 +302,21 @@ def call(monkeypatch, capfd, tmp_path):
         out, err = capfd.readouterr()
         return SimpleNamespace(code=code, out=out, err=err)
 
-    return call
+    yield call
+    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture
 def train(tmp_path):
-    """train(script, **flags) -> the run folder; train() in this process. checkpoint_every=0: no checkpoint."""
+    """train(script, **flags) -> the run folder; train() on counters in this process, without checkpoints."""
 
-    def train(script: str, folder: str = "run", **flags) -> Path:
-        flags["checkpoint_every"] = flags.get("checkpoint_every", TINY["checkpoint_every"]) or 10**9
-        load(script).train(make_args(script, run_dir=str(tmp_path / folder), **flags))
-        return tmp_path / folder
+    def train(script: str, **flags) -> Path:
+        environments.Counter.forget()
+        folder, usual = tmp_path / "run", {"env_id": named(script), "checkpoint_every": 10**9, "eval_episodes": 1}
+        load(script).train(make_args(script, run_dir=str(folder), **usual | flags))
+        return folder
 
     return train
-
-
-@pytest.fixture
-def spoil(monkeypatch):
-    """spoil(module, change): on_step for the length of a test."""
-    return lambda module, change: on_step(module, change, monkeypatch.setattr)
 
 
 @pytest.fixture
@@ -397,7 +328,7 @@ def spy(monkeypatch):
         signature = inspect.signature(original)
 
         def watched(*args, **kwargs):
-            copies = [value.clone() if isinstance(value, torch.Tensor) else value for value in args]
+            copies = [value.clone() if hasattr(value, "clone") else value for value in args]  # tensors
             bound = signature.bind(*copies, **kwargs).arguments
             result = original(*args, **kwargs)
             calls.append((bound, result))
@@ -411,5 +342,7 @@ def spy(monkeypatch):
 
 @pytest.fixture
 def rng() -> np.random.Generator:
+    import torch
+
     torch.manual_seed(0)
     return np.random.default_rng(0)

@@ -7,8 +7,6 @@ import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
 from gymnasium.vector.utils import batch_space
 
-ACTIONS = {False: Discrete(2), True: Box(-1, 1, (1,), np.float32)}  # by `continuous`
-
 
 class Counter(gym.Env):
     """Observation (environment, episode, t). Environment i has episodes of 3 + i % 4 steps, every other one truncated.
@@ -67,40 +65,29 @@ class Counter(gym.Env):
 
 
 class Probe(gym.Env):
-    """Tiny problems whose values and best actions are known without learning them. Two signals: +1 and -1.
+    """Tiny problems whose values and best actions are known without learning them.
 
-    constant    one step, reward 1: V = 1
-    signal      one step, reward = signal: V = signal
     discount    two steps, observations 0 and 1, reward 1 at the end: V(0) = gamma, V(1) = 1
-    action      one step, reward 1 for a high action and -1 for a low one
-    match       one step, reward 1 for an action that is high when the signal is +1 and low when it is -1
+    match       one step, observation +1 or -1, reward 1 for an action that is high at +1 and low at -1
     endless     reward 1 forever, truncated after 5 steps: V = 1 / (1 - gamma), because a time limit is not an end
     """
 
     def __init__(self, kind: str, continuous: bool = False, render_mode: str | None = None):
-        self.kind, self.action_space = kind, ACTIONS[continuous]
+        self.kind, self.action_space = kind, Box(-1, 1, (1,), np.float32) if continuous else Discrete(2)
         self.observation_space = Box(-1, 1, (1,), np.float32)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.t = 0
-        fixed = self.kind in ("constant", "discount", "action", "endless")
-        self.signal = 0.0 if fixed else float(self.np_random.choice([-1, 1]))
+        self.signal = float(self.np_random.choice([-1, 1])) if self.kind == "match" else 0.0
         return np.array([self.signal], np.float32), {}
 
     def step(self, action):
         self.t += 1
         obs = np.array([self.t if self.kind == "discount" else self.signal], np.float32)
         action = float(np.clip(action, -1, 1)[0]) if isinstance(self.action_space, Box) else 2.0 * action - 1
-        reward = {
-            "constant": 1.0,
-            "signal": self.signal,
-            "discount": float(self.t == 2),
-            "action": action,
-            "match": action * self.signal,
-            "endless": 1.0,
-        }[self.kind]
-        ended = self.t == 2 if self.kind == "discount" else self.kind != "endless"
+        reward = {"discount": float(self.t == 2), "match": action * self.signal, "endless": 1.0}[self.kind]
+        ended = {"discount": self.t == 2, "match": True, "endless": False}[self.kind]
         return obs, reward, ended, self.kind == "endless" and self.t == 5, {}
 
 
@@ -265,17 +252,11 @@ def uninstalled(**kwargs):
     raise gym.error.DependencyNotInstalled("the engine is missing,\nrun `pip install gymnasium[engine]`")
 
 
-PROBES = ("constant", "signal", "discount", "action", "match", "endless")
-
-
 def register() -> None:
-    """All of them as Test/Name-v0; counter, odd ones and probes also as Test/NameContinuous-v0."""
+    """Test/Name-v0; counter, odd ones and probes also as Test/NameContinuous-v0."""
     for continuous, suffix in ((False, ""), (True, "Continuous")):
-        gym.register(f"Test/Counter{suffix}-v0", Counter, kwargs={"continuous": continuous})
-        gym.register(f"Test/Odd{suffix}-v0", Odd, kwargs={"continuous": continuous})
-        for kind in PROBES:
-            name = f"Test/{kind.capitalize()}{suffix}-v0"
-            gym.register(name, Probe, kwargs={"kind": kind, "continuous": continuous})
+        for environment in (Counter, Odd, Probe):
+            gym.register(f"Test/{environment.__name__}{suffix}-v0", environment, kwargs={"continuous": continuous})
     vector, image, few = Box(-1, 1, (2,)), Box(0, 255, (96, 96, 3), np.uint8), Discrete(2)
     misfits = {
         "Dict": (Dict({"position": vector}), few),

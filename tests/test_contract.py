@@ -24,14 +24,13 @@ from conftest import (
     SCRIPTS,
     arguments,
     bits,
-    contents,
-    counter_id,
     episodes,
     exit_code,
     family,
     load,
     make_args,
     named,
+    on_step,
     saved_agent,
     start,
     tiny,
@@ -41,10 +40,11 @@ from environments import ODD, Counter, FakeGames, Odd
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 # Vector environments can be the user's own. Of the machinery, whose text is the same in every file (test_house), what
-# no other part of a script can break is shown by one script.
-vector_scripts = pytest.mark.parametrize(
-    "script", [name for name in SCRIPTS if family(name).suffix != "_atari"], indirect=True
-)
+# no other part of a script can break is shown by one script, or by one for each kind of environment.
+VECTOR = [name for name in SCRIPTS if family(name).suffix != "_atari"]
+vector_scripts = pytest.mark.parametrize("script", VECTOR, indirect=True)
+one_of_each = pytest.mark.parametrize("script", ["ppo", "ppo_atari", "sac_continuous"], indirect=True)
+one_of_each_vector = pytest.mark.parametrize("script", ["ppo", "sac_continuous"], indirect=True)
 one_script = pytest.mark.parametrize("script", ["ppo"], indirect=True)
 
 
@@ -61,6 +61,12 @@ def read_json(folder: Path, name: str) -> dict:
 
 def read_checkpoint(folder: Path) -> dict:
     return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Every file of a folder: its bytes and when it was written."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
 
 
 def is_bad_input(done) -> bool:
@@ -85,14 +91,14 @@ def test_run_folder_holds_these_files(script, finished):
     files = {"args.json", f"{script}.py", "episodes.csv", "events", "agent.safetensors", "result.json", ".lock"}
     assert names == files  # finished: no checkpoint
     assert (finished.folder / f"{script}.py").read_bytes() == (ROOT / "algos" / f"{script}.py").read_bytes()
-    assert {path.name for path in finished.base.iterdir()} <= {f"{script}.py", finished.folder.name, "__pycache__"}
-    assert finished.out.isascii()
+    beside = {path.name for path in finished.folder.parent.iterdir()}
+    assert beside <= {f"{script}.py", "run", "run.log", "__pycache__"}
 
 
 def test_args_json_describes_the_run(script, finished):
     described = read_json(finished.folder, "args.json")
     assert described["args"] == vars(make_args(script))  # without run_dir: a folder can be moved
-    assert described["command"] == [f"{script}.py", *finished.words]
+    assert described["command"] == finished.command
     versions = {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "numpy")}
     assert versions.items() <= described["versions"].items()
     assert described["commit"] == ""  # a copied file belongs to no repository
@@ -135,6 +141,32 @@ def test_same_command_same_bits(script, finished, call, tmp_path):
     assert bits(tmp_path / "again") == bits(finished.folder)
 
 
+@pytest.mark.parametrize("script", ["sac_continuous"], indirect=True)
+def test_started_by_python(script, finished, tmp_path):
+    """The same bits from a file that stands alone, with streams and a folder that do not agree on an alphabet."""
+    shutil.copy(ROOT / "algos" / f"{script}.py", tmp_path)
+    env = {name: value for name, value in os.environ.items() if name not in ("HOME", "PYTHONPATH")}
+    done = subprocess.run(
+        [sys.executable, f"{script}.py", *arguments(script, run_dir="ein Lauf, größer")],
+        cwd=tmp_path,
+        env=env | {"PYTHONIOENCODING": "ascii"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and done.stdout.isascii(), done.stderr
+    assert bits(tmp_path / "ein Lauf, größer") == bits(finished.folder)
+
+
+@one_script
+def test_closed_streams(script, finished, tmp_path):
+    words = [sys.executable, ROOT / "algos" / f"{script}.py", *arguments(script, run_dir=tmp_path / "run")]
+    closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
+    assert subprocess.run([*closed, *map(str, words)], cwd=tmp_path).returncode == 0
+    assert bits(tmp_path / "run") == bits(finished.folder)
+
+
+@one_script
 def test_another_seed_another_run(script, finished, call, tmp_path):
     """With a number as people write it."""
     done = call(script, *arguments(script, run_dir="run", seed=2), "--total-timesteps", "1e3", "--gamma=9e-1")
@@ -154,7 +186,8 @@ def test_kill_and_resume_give_the_same_bits(script, finished, unfinished, copy, 
         file.write("99999,1.0,-")
     args_json = (folder / "args.json").read_bytes()
     moment = "agent.safetensors", 2
-    assert exit_code(start(script, "--resume", folder, folder=folder, kill_after=moment)) == -signal.SIGKILL
+    path = ROOT / "algos" / f"{script}.py"
+    assert exit_code(start(path, "--resume", folder, folder=folder, kill_after=moment)) == -signal.SIGKILL
     result = read_json(finished.folder, "result.json")
     assert read_checkpoint(folder)["step"] == result["steps"]  # the training is not repeated
     assert call(script, "--resume", folder).code == 0
@@ -202,7 +235,8 @@ def test_curves_of_a_killed_run(script, finished, unfinished, copy, call):
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_signals_stop_a_run_that_can_be_resumed(script, sent, tmp_path):
     folder = tmp_path / "run"
-    process = start(script, *arguments(script, run_dir=folder, total_timesteps=10**7), folder=folder)
+    words = arguments(script, run_dir=folder, total_timesteps=10**7)
+    process = start(ROOT / "algos" / f"{script}.py", *words, folder=folder)
     wait_for(folder / "checkpoint.pt", process)
     os.kill(process.pid, sent)
     assert exit_code(process) == 130
@@ -216,7 +250,7 @@ def test_one_process_per_run_folder(script, call, tmp_path):
     words = arguments(script, run_dir=folder, total_timesteps=10**7)
     for ours in words, ["--resume", folder]:
         (folder / "checkpoint.pt").unlink(missing_ok=True)
-        process = start(script, *ours, folder=folder)
+        process = start(ROOT / "algos" / f"{script}.py", *ours, folder=folder)
         wait_for(folder / "checkpoint.pt", process)
         assert is_bad_input(call(script, *words)) and is_bad_input(call(script, "--resume", folder))
         assert process.is_alive()
@@ -224,44 +258,45 @@ def test_one_process_per_run_folder(script, call, tmp_path):
         process.join()
 
 
-def test_divergence_ends_the_run_and_keeps_the_checkpoint(script, finished, call, monkeypatch, spoil, tmp_path):
+def test_divergence_ends_the_run_and_keeps_the_checkpoint(script, call, monkeypatch, tmp_path):
     """Rewards, and observations that are not bytes, are NaN from some step after the first checkpoint on."""
-    module, every, original = load(script), tiny(script)["checkpoint_every"], load(script).make_envs
+    every = tiny(script)["checkpoint_every"]
 
     def change(steps, obs, rewards):
         nan = np.float32(np.nan if steps > 1.5 * every else 0)
         return obs if obs.dtype == np.uint8 else obs + nan, rewards + nan
 
-    spoil(module, change)
+    on_step(load(script), change, monkeypatch.setattr)
     done = call(script, *arguments(script, run_dir="run"))
     assert done.code == 3 and "Traceback" not in done.err, done.err
-    left = {path.name for path in (tmp_path / "run").iterdir()}
-    assert "checkpoint.pt" in left and not {"result.json", "agent.safetensors"} & left
-    monkeypatch.setattr(module, "make_envs", original)
-    assert call(script, "--resume", "run").code == 0
-    assert bits(tmp_path / "run") == bits(finished.folder)
+    assert not {"result.json", "agent.safetensors"} & {path.name for path in (tmp_path / "run").iterdir()}
+    state = read_checkpoint(tmp_path / "run")
+    assert every <= state["step"] < 1.5 * every
+    assert all(tensor.isfinite().all() for tensor in state["agent"].values())
 
 
 # ---------------------------------------------------------------------------------- steps, episodes and the evaluation
 
 
-def test_books_agree_with_the_environments_own(script, train, monkeypatch):
+def test_books_agree_with_the_environments_own(script, train, spy, monkeypatch):
     """Every step and every episode that ended counts once; the evaluation takes one episode of each environment."""
+    starts = spy(load(script), "start_envs")
     flags = {"num_envs": 2, "total_timesteps": 500, "checkpoint_every": 150, "eval_episodes": 5, "num_steps": 25}
-    if family(script).suffix == "_atari":
+    if script not in VECTOR:
         FakeGames.install(monkeypatch, load(script))
         FakeGames.made.clear()
-        folder = train(script, env_id="ALE/Pong-v5", **flags)
-        *training, a, b, c = FakeGames.made
-        assert [games.num_envs for games in (a, b, c)] == [2, 2, 1]
-        expected = [games.finished[i][0] for games in (a, b, c) for i in range(games.num_envs)]
-    else:
-        Counter.forget()
-        folder = train(script, env_id=counter_id(script), **flags)
+    folder = train(script, **flags)
+    if script in VECTOR:
         training, evaluated = Counter.made[:-5], Counter.made[-5:]
         expected = [counter.finished[0][0] for counter in evaluated]
         assert Counter.most_open == 2  # the first batch of the evaluation waits until the training is closed
+    else:
+        *training, a, b, c = FakeGames.made
+        assert [games.num_envs for games in (a, b, c)] == [2, 2, 1]
+        expected = [games.finished[i][0] for games in (a, b, c) for i in range(games.num_envs)]
     result = read_json(folder, "result.json")
+    random_streams = [(bound["stream"], bound["step"]) for bound, _ in starts]
+    assert len(random_streams) == len(set(random_streams)) > 5  # three checkpoints, three batches of the evaluation
     assert sum(env.steps for env in training) == result["steps"] and result["steps"] >= 500
     ours = [(total, length) for _, total, length in episodes(folder)]
     assert sorted(ours) == sorted(episode for env in training for episode in env.finished)
@@ -275,7 +310,7 @@ def test_a_transition_ends_in_its_own_episode(script):
     """Also where an episode ended, and in an environment that reuses its array: never the reset observation."""
     module = load(script)
     Counter.forget()
-    envs = module.make_envs(make_args(script, env_id=counter_id(script)), 2)
+    envs = module.make_envs(make_args(script, env_id=named(script)), 2)
     obs, ended = envs.reset(seed=1)[0], 0
     for _ in range(30):
         before = obs.copy()
@@ -293,14 +328,19 @@ def test_a_transition_ends_in_its_own_episode(script):
 
 
 def test_evaluate_repeats_the_numbers_and_changes_nothing(script, finished, call, tmp_path):
-    before = contents(finished.folder)
+    """Neither the files nor the agent, of which the file holds all, statistics included."""
+    before, result = contents(finished.folder), read_json(finished.folder, "result.json")
     done = call(script, "--evaluate", os.path.relpath(finished.folder, tmp_path))
-    result = read_json(finished.folder, "result.json")
     mean, std = re.search(r"(-?[\d.]+) \+- ([\d.]+)", done.out).groups()
     assert (float(mean), float(std)) == (round(result["eval_return_mean"], 1), round(result["eval_return_std"], 1))
     assert done.code == 0 and contents(finished.folder) == before and not any(tmp_path.iterdir())
+    agent, args = saved_agent(script, finished.folder)
+    load(script).evaluate(args, agent, load(script).make_envs(args, 1))
+    saved, after = safetensors.torch.load_file(finished.folder / "agent.safetensors"), agent.state_dict()
+    assert saved.keys() == after.keys() and all(after[name].equal(tensor) for name, tensor in saved.items())
 
 
+@one_of_each
 def test_evaluate_takes_other_flags_and_records_a_video(script, finished, copy, call):
     """A run of another version of the script, too, which had one flag more and one less."""
     folder = copy(finished.folder)
@@ -315,15 +355,7 @@ def test_evaluate_takes_other_flags_and_records_a_video(script, finished, copy, 
     assert {name: after[name] for name in before} == before
     with imageio.get_reader(folder / "videos" / "seed5.mp4") as reader:
         assert sum(1 for _ in reader) >= 8
-    assert call(script, "--evaluate", folder, "--eval-episodes", 1, "--seed", 6).out != done.out
-
-
-def test_evaluate_does_not_change_the_agent(script, finished):
-    """Whose file holds all of it, statistics included."""
-    agent, args = saved_agent(script, finished.folder)
-    load(script).evaluate(args, agent, load(script).make_envs(args, 1))
-    saved, after = safetensors.torch.load_file(finished.folder / "agent.safetensors"), agent.state_dict()
-    assert saved.keys() == after.keys() and all(after[name].equal(tensor) for name, tensor in saved.items())
+    assert re.findall(r"in (\d+) episodes", done.out) == ["1", "1"]
 
 
 @one_script
@@ -364,7 +396,7 @@ def test_only_one_environment_at_a_time(script, call):
         assert done.code == 0 and "warning" not in done.err, done.err
 
 
-@vector_scripts
+@one_of_each_vector
 def test_environment_that_samples_from_its_spaces(script, call, tmp_path):
     runs = []
     for _ in range(2):
@@ -374,12 +406,15 @@ def test_environment_that_samples_from_its_spaces(script, call, tmp_path):
     assert runs[0] == runs[1]
 
 
-@vector_scripts
+@one_of_each_vector
 @pytest.mark.parametrize("error", ["OSError: no robot found", "TypeError: the robot fell"])
-def test_an_error_of_the_environment_keeps_its_traceback(script, error, call):
+def test_an_error_of_the_environment_keeps_its_traceback(script, error, tmp_path):
     """At its start, and in the middle of the run."""
-    done = odd(script, call, error.split(":")[0])
-    assert done.code == 1 and "environments.py" in done.err and error in done.err
+    folder, kind = tmp_path / "run", error.split(":")[0]
+    words = arguments(script, run_dir=folder, env_id=named(script, "Odd"), env_kwargs={"kind": kind})
+    assert exit_code(start(ROOT / "algos" / f"{script}.py", *words, folder=folder)) == 1
+    log = folder.with_suffix(".log").read_text()
+    assert "Traceback" in log and "environments.py" in log and error in log
 
 
 @one_script
@@ -397,10 +432,10 @@ def test_a_failed_video_costs_nothing(script, kind, call, tmp_path):
     assert done.err.count("warning") == 1 and "Traceback" not in done.err
 
 
-@vector_scripts
+@one_of_each_vector
 def test_train_from_python_on_an_environment_of_the_user(script, monkeypatch, tmp_path):
     """Its package registers it when it is imported, and sets PyTorch's default dtype. The folder gets its own name."""
-    kwargs = {"continuous": "Continuous" in counter_id(script)}
+    kwargs = {"continuous": "Continuous" in named(script)}
     code = "import environments, gymnasium, torch\ntorch.set_default_dtype(torch.float64)\n"
     code += f"gymnasium.register('My-v0', environments.Odd, kwargs={kwargs})"
     (tmp_path / "my_package.py").write_text(code)
@@ -427,14 +462,6 @@ def test_where_git_is(script, call, tmp_path, monkeypatch):
     assert call(script, *words, "--run-dir", "without").code == 0
     described = read_json(tmp_path / "without", "args.json")
     assert described["commit"] == "" and described["cpu"]
-
-
-@one_script
-def test_closed_streams(script, tmp_path):
-    words = [sys.executable, ROOT / "algos" / f"{script}.py", *arguments(script, run_dir=tmp_path / "run")]
-    closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
-    assert subprocess.run([*closed, *map(str, words)], cwd=tmp_path).returncode == 0
-    assert (tmp_path / "run" / "result.json").exists()
 
 
 @pytest.mark.slow  # 15 s each, if the compiler's cache is cold
@@ -495,6 +522,7 @@ def test_flags_that_are_refused(script, call, tmp_path, monkeypatch):
         assert is_bad_input(done) and "no_such_argument" in done.err and not any(tmp_path.iterdir())
 
 
+@one_script
 def test_folders_that_are_refused(script, finished, unfinished, copy, call, tmp_path):
     """One line, and everything stays as it was."""
     begun, other = copy(unfinished), copy(finished.folder)

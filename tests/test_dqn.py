@@ -9,19 +9,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPTS, counter_id, load, make_agent, make_args
+from conftest import having, load, make_agent, make_args
 from environments import Counter
 from gymnasium.spaces import Box, Discrete
 from test_ppo import truth
 from torch.nn.utils import parameters_to_vector
 
-REPLAY = [name for name in SCRIPTS if hasattr(load(name), "ReplayBuffer")]
-PER = [name for name in REPLAY if hasattr(load(name), "SumTree")]
-DQN = [name for name in REPLAY if name.startswith("dqn")]
-LOSSES = {
-    name: next(loss for loss in ("double_dqn_loss", "dqn_loss", "critic_loss", "sac_loss") if hasattr(load(name), loss))
-    for name in REPLAY
-}
+REPLAY, PER, SAC = having("ReplayBuffer"), having("SumTree"), having("Critics")
+DQN = [name for name in REPLAY if name not in SAC]
+LOSSES = {name: loss for loss in ("double_dqn_loss", "dqn_loss", "critic_loss", "sac_loss") for name in having(loss)}
 
 NEVER = 10**9  # a frequency that is never reached
 
@@ -261,29 +257,6 @@ def test_errors_that_are_no_numbers_leave_the_tree_whole(script, rng):
     assert rows.max() < 20 and np.isfinite(weights).all() and np.isfinite(replay.tree.sums).all()
 
 
-@pytest.mark.parametrize("script", PER)
-def test_saved_priorities_continue_as_the_first(script, rng, tmp_path):
-    flags = {"buffer_size": 30, "n_step": 3}
-    replays = [load(script).ReplayBuffer(make_args(script, **flags), spaces(2)) for _ in range(2)]
-    world = World(replays[0], 2, rng, 0.3, 0.1)
-    for _ in range(40):
-        world.step()
-        replays[0].update(replays[0].sample(8, 0.4)[0], rng.exponential(size=8))
-    replays[1].load_state_dict(through_a_file(replays[0], tmp_path / "state"))
-    found = []
-    for replay in replays:
-        np.random.seed(3)
-        world, seen = World(replay, 2, np.random.default_rng(3), 0.3, 0.1), []
-        for _ in range(20):
-            world.step()
-            rows, weights = replay.sample(16, 0.7)
-            seen += [rows, weights, *replay.windows(rows)]
-            replay.update(rows, weights)
-        found.append(seen)
-    for x, y in zip(*found, strict=True):
-        np.testing.assert_array_equal(x, y)
-
-
 # ------------------------------------------------------------------------------------------------------ loss and target
 
 
@@ -376,9 +349,7 @@ def watch(train, monkeypatch):
         module = load(script)
         original = getattr(module, LOSSES[script])
         monkeypatch.setattr(module, LOSSES[script], lambda *args: (look and look(*args), original(*args))[1])
-        Counter.forget()
-        usual = {"checkpoint_every": 0, "learning_starts": 0, "eval_episodes": 1, "buffer_size": 1000}
-        train(script, env_id=counter_id(script), **usual | flags)
+        train(script, **{"learning_starts": 0, "buffer_size": 1000} | flags)
 
     return watch
 
@@ -430,27 +401,32 @@ def test_updates_are_counted_in_environment_steps(script, N, train_frequency, gr
     assert learning_starts or len(updates) == gradient_steps * (210 // train_frequency)
 
 
-@pytest.mark.parametrize("script", DQN)
-@pytest.mark.parametrize("N, frequency, tau", [(3, 7, 0.25), (3, 3, 1.0), (1, 15, 1.0)])
+DQN_CASES = [(name, *case) for name in DQN for case in [(3, 7, 0.25), (3, 3, 1.0), (1, 15, 1.0)]]
+
+
+@pytest.mark.parametrize("script, N, frequency, tau", [*DQN_CASES, *((name, 3, 0, 0.02) for name in SAC)])
 def test_target_begins_as_a_copy_and_moves_when_due(script, N, frequency, tau, watch):
-    seen = []
+    """By tau, in SAC after every update, of which there are two in a row."""
+    updates, seen = 1 if frequency else 2, []
 
     def look(agent, target, *_):
-        seen.append([parameters_to_vector(net.parameters()).detach().clone() for net in (agent, target)])
+        nets = agent.critics if script in SAC else agent, target
+        seen.append([parameters_to_vector(net.parameters()).detach().clone() for net in nets])
 
-    flags = {"num_envs": N, "total_timesteps": 40 * N, "train_frequency": N, "gradient_steps": 1, "batch_size": 4}
-    watch(script, look, target_network_frequency=frequency, tau=tau, learning_rate=0.01, **flags)
-    assert len(seen) == 40 and seen[0][0].equal(seen[0][1])
+    flags = {"num_envs": N, "total_timesteps": 40 * N, "train_frequency": N, "gradient_steps": updates, "batch_size": 4}
+    watch(script, look, target_network_frequency=frequency, tau=tau, learning_rate=0.01, q_lr=0.01, **flags)
+    assert len(seen) == 40 * updates and seen[0][0].equal(seen[0][1])
+    assert script in DQN or not torch.equal(*seen[0][0].chunk(2))  # the two critics begin different
     moved = 0
-    for i in range(1, 40):  # before the update at step (i + 1) N
+    for i in range(1, len(seen)):  # in DQN before the update at step (i + 1) N
         agent, (before, old), target = seen[i][0], seen[i - 1], seen[i][1]
         assert not agent.equal(before)
-        if i * N // frequency > (i - 1) * N // frequency:
+        if not frequency or i * N // frequency > (i - 1) * N // frequency:
             torch.testing.assert_close(target, (1 - tau) * old + tau * agent)
             moved += 1
         else:
             assert target.equal(old)
-    assert moved == 39 * N // frequency
+    assert not frequency or moved == 39 * N // frequency
 
 
 def act_one(script: str, monkeypatch) -> None:

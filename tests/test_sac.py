@@ -1,22 +1,20 @@
 """SAC: densities by numerical integration, losses and gradients against their definitions, and what a run does.
 
-The replay buffer, and what a run samples from it and when, are tested in test_dqn.py; the bounds of actions in
-test_ppo.py.
+The replay buffer, what a run samples from it and when, and the target network are tested in test_dqn.py; the bounds of
+actions in test_ppo.py.
 """
 
 import math
-from copy import deepcopy
 
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPTS, counter_id, load, make_agent
+from conftest import having, load, make_agent
 from environments import Counter
+from test_ppo import gradients
 from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
 
-SAC = [name for name in SCRIPTS if hasattr(load(name), "Critics")]
-CONTINUOUS = [name for name in SAC if hasattr(load(name), "tanh_logprob")]
-DISCRETE = [name for name in SAC if hasattr(load(name), "soft_values")]
+SAC, CONTINUOUS, DISCRETE = having("Critics"), having("tanh_logprob"), having("soft_values")
 
 B = 50  # rows of a batch
 
@@ -36,10 +34,6 @@ def make_parts(script: str, **flags):
         agent.log_alpha.fill_(-0.7)
     target = load(script).Critics(3, 2 if script in CONTINUOUS else 4, args.hidden_size).requires_grad_(False)
     return agent, target, args
-
-
-def gradients(loss, module) -> list[torch.Tensor]:
-    return list(torch.autograd.grad(loss, list(module.parameters()), retain_graph=True))
 
 
 def assert_gradients(module, expected: list[torch.Tensor]) -> None:
@@ -148,12 +142,14 @@ def test_actor_loss_equals_its_definition(script, rng):
 
 
 @pytest.mark.parametrize("script", CONTINUOUS)
-def test_alpha_loss_equals_its_definition(script, rng):
+@pytest.mark.parametrize("entropy", [1.5, -3.0])
+def test_alpha_loss_equals_its_definition(script, entropy, rng):
+    """A step against the gradient: alpha falls where the entropy is above its target, here -2, and rises below."""
     agent, _, _ = make_parts(script)
-    loss = load(script).alpha_loss(agent, torch.tensor(1.5), -2)
-    assert loss.item() == pytest.approx(-0.7 * (1.5 + 2))
+    loss = load(script).alpha_loss(agent, torch.tensor(entropy), -2)
+    assert loss.item() == pytest.approx(-0.7 * (entropy + 2))
     loss.backward()
-    assert agent.log_alpha.grad.item() == pytest.approx(1.5 + 2)
+    assert agent.log_alpha.grad.item() == pytest.approx(entropy + 2)
 
 
 @pytest.mark.parametrize("script", DISCRETE)
@@ -183,49 +179,6 @@ def test_loss_equals_its_definition(script, rng):
     assert all(parameter.grad is None for parameter in target.parameters())
 
 
-@pytest.mark.parametrize("script", DISCRETE)
-def test_soft_values_are_what_samples_average_to(script, rng):
-    agent, target, _ = make_parts(script)
-    obs, alpha = torch.randn(1, 3), torch.tensor(0.3)
-    with torch.no_grad():
-        logprobs, q = agent.logprobs(obs), target(obs)
-        actions = agent.sample(obs.expand(100_000, 3))
-        samples = q.mean(0)[0, actions] - alpha * logprobs[0, actions]
-        exact = load(script).soft_values(q, logprobs, alpha).item()
-    assert exact == pytest.approx(samples.mean().item(), abs=4 * samples.std().item() / 100_000**0.5)
-
-
-@pytest.mark.parametrize("high", [True, False])
-@pytest.mark.parametrize("script", SAC)
-def test_temperature_falls_where_the_entropy_is_too_high(script, high, rng):
-    agent, target, args = make_parts(script)
-    head = agent.actor[-1]  # which now ignores the observation: all actions, or one
-    torch.nn.init.zeros_(head.weight)
-    torch.nn.init.zeros_(head.bias)
-    if script in CONTINUOUS:
-        head.bias.data[2:] = 0.5 if high else -10  # a standard deviation of 0.76, or of e^-5
-        _, entropy, _ = load(script).actor_loss(agent, torch.randn(B, 2), torch.randn(B, 3))
-        loss = load(script).alpha_loss(agent, entropy, -2)
-    else:
-        head.bias.data[0] = 0 if high else 50
-        loss, _ = load(script).sac_loss(agent, target, args, torch.tensor(0.2), *batch(script))
-    loss.backward()
-    assert (agent.log_alpha.grad.item() > 0) == high and agent.log_alpha.grad.item() != 0  # a step goes against it
-
-
-@pytest.mark.parametrize("script", SAC)
-@pytest.mark.parametrize("tau", [0.3, 1.0])
-def test_target_moves_by_tau(script, tau):
-    online = load(script).Critics(3, 2, 8)
-    target = deepcopy(online)
-    for parameter in online.parameters():
-        parameter.data.normal_()
-    before = [parameter.clone() for parameter in target.parameters()]
-    load(script).update_target(target, online, tau)
-    for new, old, other in zip(target.parameters(), before, online.parameters(), strict=True):
-        torch.testing.assert_close(new, (1 - tau) * old + tau * other)
-
-
 # ----------------------------------------------------------------------------------------------------- what a run does
 
 
@@ -234,9 +187,7 @@ def play(train):
     """play(script, **flags): a run of three counters. Returns them."""
 
     def play(script: str, **flags) -> list[Counter]:
-        Counter.forget()
-        usual = {"num_envs": 3, "checkpoint_every": 0, "eval_episodes": 1, "train_frequency": 3, "batch_size": 8}
-        train(script, env_id=counter_id(script), **usual | flags)
+        train(script, **{"num_envs": 3, "train_frequency": 3, "batch_size": 8} | flags)
         return Counter.made[:3]
 
     return play
@@ -244,7 +195,7 @@ def play(train):
 
 @pytest.mark.parametrize("script", SAC)
 @pytest.mark.parametrize("autotune", [True, False])
-def test_each_part_learns_by_its_own_loss(script, autotune, play, monkeypatch):
+def test_each_part_learns_by_its_own_loss(script, autotune, play, spy, monkeypatch):
     """In a run, no optimizer sees another loss: not the critics the actor's, nor the actor that of the critics."""
     module, expected, steps = load(script), {}, 0
 
@@ -276,36 +227,11 @@ def test_each_part_learns_by_its_own_loss(script, autotune, play, monkeypatch):
             super().step()
 
     monkeypatch.setattr(torch.optim, "Adam", Adam)
-    agents = []
-    finish = module.Run.finish
-    monkeypatch.setattr(
-        module.Run, "finish", lambda run, *rest: (agents.append(run.parts["agent"]), finish(run, *rest))
-    )
+    logs = spy(module.Run, "log")
     play(script, total_timesteps=120, learning_starts=30, autotune=autotune, alpha=0.37)
-    assert steps == 30 * len(expected) and len(expected) == len(list(agents[0].parameters())) - (not autotune)
-    assert (agents[0].log_alpha.item() == pytest.approx(math.log(0.37), rel=1e-6)) != autotune
-
-
-@pytest.mark.parametrize("script", SAC)
-def test_every_update_moves_the_target_once(script, play, monkeypatch):
-    """After the update, by tau; at first it is a copy. The critics begin different from each other."""
-    module, seen = load(script), []
-    name = "critic_loss" if script in CONTINUOUS else "sac_loss"
-    loss_fn = getattr(module, name)
-
-    def watched(agent, target, *rest):
-        vectors = [torch.nn.utils.parameters_to_vector(net.parameters()).detach() for net in (agent.critics, target)]
-        seen.append([x.clone() for x in vectors])
-        return loss_fn(agent, target, *rest)
-
-    monkeypatch.setattr(module, name, watched)
-    play(script, total_timesteps=90, learning_starts=0, gradient_steps=2, tau=0.02, q_lr=0.01)
-    assert len(seen) == 2 * 30 and seen[0][0].equal(seen[0][1])
-    first, second = seen[0][0].chunk(2)
-    assert not first.equal(second)
-    for (_, old), (agent, target) in zip(seen, seen[1:]):
-        torch.testing.assert_close(target, 0.98 * old + 0.02 * agent)
-        assert not target.equal(old)
+    agent = logs[0][0]["self"].parts["agent"]
+    assert steps == 30 * len(expected) and len(expected) == len(list(agent.parameters())) - (not autotune)
+    assert (agent.log_alpha.item() == pytest.approx(math.log(0.37), rel=1e-6)) != autotune
 
 
 @pytest.mark.parametrize("script", DISCRETE)
@@ -327,9 +253,8 @@ def test_first_actions_are_uniform(script, play):
         low, high = np.array([-1, -2]), np.array([3, 0.5])
         shares = np.sort((actions.reshape(-1, 2) - low) / (high - low), axis=0)
         assert (np.abs(shares - np.linspace(0, 1, 3000)[:, None]) < 1.95 / 3000**0.5).all()  # Kolmogorov-Smirnov
-    assert (
-        np.abs(np.corrcoef(actions.reshape(3, 1000, -1)[..., 0]) - np.eye(3)).max() < 0.15
-    )  # each environment by itself
+    together = np.corrcoef(actions.reshape(3, 1000, -1)[..., 0])
+    assert np.abs(together - np.eye(3)).max() < 0.15  # each environment by itself
 
 
 @pytest.mark.parametrize("script", SAC)

@@ -21,9 +21,7 @@ def play(train, spy, monkeypatch):
     def play(N: int, T: int, iterations: int, **flags) -> dict[str, np.ndarray]:
         monkeypatch.setattr(sarsa.Agent, "forward", forward)
         losses = spy(sarsa, "sarsa_loss")
-        Counter.forget()
-        sizes = {"num_envs": N, "num_steps": T, "total_timesteps": iterations * N * T}
-        train("sarsa", env_id="Test/Counter-v0", **{"checkpoint_every": 0, "eval_episodes": 1} | sizes | flags)
+        train("sarsa", num_envs=N, num_steps=T, total_timesteps=iterations * N * T, **flags)
         assert len(losses) == iterations
         names = [name for name, x in losses[0][0].items() if isinstance(x, torch.Tensor)]
         return {name: np.concatenate([bound[name].unflatten(0, (T, N)) for bound, _ in losses]) for name in names}

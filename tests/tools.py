@@ -67,7 +67,7 @@ def main():
         rows = (folder / "episodes.csv").read_text().splitlines()[1:]
         rows = [row for row in rows if row.count(",") == 3 and int(row.split(",")[0]) <= step]
     else:
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / Path(__file__).name).write_text(Path(__file__).read_text())
         command = [str(Path(sys.argv[0]).resolve()), *sys.argv[1:]]
         described = {"args": asdict(args), "command": command, "commit": "0" * 40, "versions": {"torch": "0"}}
