@@ -5,7 +5,7 @@
     python benchmark/report.py --check                          # write nothing; exit code 1 if they are out of date
     python benchmark/report.py runs/mine --html mine.html       # one HTML file about the run folders below runs/mine
     python benchmark/report.py --suites box2d --only '*Lander*' --html lander.html
-    python benchmark/report.py --export results.csv             # one tidy table with all curves (or .parquet)
+    python benchmark/report.py --export results.csv             # one tidy table with all curves
 
 The same input gives the same bytes. The suite `smoke` is only shown if it is named. See docs/benchmarking.md.
 """
@@ -46,7 +46,7 @@ class Args:
     only: tuple[str, ...] = ()  # only entries whose script, environment, or name (CartPole-v1__ppo) matches a pattern
     out: Path = runs.ROOT / "docs"  # where BENCHMARKS.md and plots/ are written
     html: Path | None = None  # write this HTML file instead
-    export: Path | None = None  # write this table instead: .csv or .parquet
+    export: Path | None = None  # write one table of all runs instead, a CSV
     collect: bool = True  # first add finished runs to the results, unless --html, --export, or --check is given
     check: bool = False  # only report what is out of date
     runs_dir: Path = runs.RUNS  # run folders, one folder per suite
@@ -85,11 +85,8 @@ def read_own(args: Args) -> pd.DataFrame:
     """The run folders in or below a folder: an entry per environment, script, budget, and flags."""
     cells, found = [], results.read_folder(args.folder)
     for (env, script, steps, flags), mine in found.groupby(["env", "script", "steps", "flags"]):
-        label, at, copy = (
-            f"{script} {flags}".strip(),
-            results.curve_steps(steps),
-            mine["folder"].iloc[-1] / f"{script}.py",
-        )
+        label, at = f"{script} {flags}".strip(), results.curve_steps(steps)
+        copy = mine["folder"].iloc[-1] / f"{script}.py"
         entry = suites.Entry(copy, env, steps, len(mine), runs.flags_of(shlex.split(flags)))
         curves = pd.DataFrame({row.seed: results.means(row.folder, at) for row in mine.itertuples()}, index=at)
         more = {"suite": args.folder.name, "title": f"Runs in {args.folder}", "label": label, "algo": label}
@@ -243,9 +240,6 @@ def readme(text: str, cells: pd.DataFrame) -> str:
     return before + begin + "\n" + "\n".join(lines).replace("../", "") + "\n" + end + after if end else text
 
 
-# ------------------------------------------------------------------------------------------------------------ the plots
-
-
 def plot_name(suite: str, what: str) -> str:
     return f"{suite}-{re.sub('[^A-Za-z0-9]+', '-', what)}.svg"
 
@@ -256,9 +250,6 @@ def draw_curves(env: str, cells: pd.DataFrame, styles: list[str]) -> bytes:
         curves = x.curves[list(x.runs["seed"])].to_numpy(float).T
         lines.append((x.label, styles.index(x.algo), x.curves.index, curves.mean(0), stats.band(curves), x.target))
     return plots.learning_curves(env, lines)
-
-
-# -------------------------------------------------------------------------------------------------------------- the run
 
 
 def chosen(args: Args) -> list[suites.Suite]:
@@ -297,8 +288,7 @@ def export(cells: pd.DataFrame, path: Path) -> None:
     for x in cells[cells["ran"]].itertuples():
         curve = x.curves.rename_axis("step").reset_index().melt("step", var_name="seed", value_name="return")
         parts.append(x.runs.merge(curve.astype({"seed": int}), on="seed").assign(suite=x.suite))
-    everything = pd.concat(parts).drop(columns="folder", errors="ignore")
-    everything.to_parquet(path) if path.suffix == ".parquet" else everything.to_csv(path, index=False)
+    pd.concat(parts).drop(columns="folder", errors="ignore").to_csv(path, index=False)
 
 
 def write(texts: dict[Path, str], svgs: dict[Path, partial], is_check: bool) -> None:

@@ -31,38 +31,22 @@ from benchmark.runs import RUNS, fail, shown
 
 @dataclass
 class Args:
-    suites: tyro.conf.Positional[tuple[str, ...]]
-    """suites by name (benchmark/suites/), or paths of TOML files"""
-    only: tuple[str, ...] = ()
-    """only entries whose script, environment, or name (CartPole-v1__ppo) matches one of these patterns"""
-    seeds: str = ""
-    """seeds instead of the suite's: 3 for 1, 2, and 3; or a list such as 1,3,7-9"""
-    jobs: int | None = None
-    """runs side by side; default: as many as fit on the cores or GPUs, 10 in the cloud"""
-    threads: int = 1
-    """CPU threads of each run"""
-    gpus: tuple[str, ...] = ()
-    """GPUs by number or id; default: all that are visible"""
-    runs_per_gpu: int = 1
-    """runs side by side on each GPU"""
-    device: Literal["cpu", "cuda"] | None = None
-    """--device of every run; default: each script's own"""
-    retries: int = 0
-    """how often a run that failed is resumed"""
-    hang_after: float = 30.0
-    """minutes without a change in log or run folder after which a run is killed and counts as failed"""
-    rerun_stale: bool = False
-    """move runs with other flags or an older algorithm aside, and run them again"""
-    dry_run: bool = False
-    """print the commands and start nothing"""
-    status: bool = False
-    """show how the runs stand and start nothing"""
-    runs_dir: Path = RUNS
-    """where the run folders are"""
-    backend: Literal["local", "dstack"] = "local"
-    """where the runs are made: here, or on rented machines"""
-    template: str = "auto"
-    """the rented machine: cpu, gpu, or a file as in cloud/; auto: by the script"""
+    suites: tyro.conf.Positional[tuple[str, ...]]  # suites by name (benchmark/suites/), or paths of TOML files
+    only: tuple[str, ...] = ()  # only entries whose script, environment, or name (CartPole-v1__ppo) fits a pattern
+    seeds: str = ""  # seeds instead of the suite's: 3 for 1, 2, and 3; or a list such as 1,3,7-9
+    jobs: int | None = None  # runs side by side; default: as many as fit on the cores or GPUs, 10 in the cloud
+    threads: int = 1  # CPU threads of each run
+    gpus: tuple[str, ...] = ()  # GPUs by number or id; default: all that are visible
+    runs_per_gpu: int = 1  # runs side by side on each GPU
+    device: Literal["cpu", "cuda"] | None = None  # --device of every run; default: each script's own
+    retries: int = 0  # how often a run that failed is resumed
+    hang_after: float = 30.0  # kill a run whose log and folder do not change for so many minutes
+    rerun_stale: bool = False  # move runs with other flags or an older algorithm aside, and run them again
+    dry_run: bool = False  # print the commands and start nothing
+    status: bool = False  # show how the runs stand and start nothing
+    runs_dir: Path = RUNS  # where the run folders are
+    backend: Literal["local", "dstack"] = "local"  # where the runs are made: here, or on rented machines
+    template: str = "auto"  # the rented machine: cpu, gpu, or a file as in cloud/; auto: by the script
 
 
 def make_jobs(args: Args) -> list[Job]:

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -84,9 +84,6 @@ def parse_seeds(text: str) -> list[int]:
         return []
 
 
-# ---------------------------------------------------------------------------------------------------------- backends
-
-
 # A backend has `start(spec, command, *, slot, threads, log, lock)`, which returns a handle. Its `poll()` is the
 # exit code (minus the signal that killed it), None while it runs; then the run folder on this machine is up to date. It
 # is called ten times a second. `stop(force=False)` asks the run to end, as Ctrl-C does, or kills it, and does not wait.
@@ -104,7 +101,9 @@ class Process:
                 if os.getppid() != parent:  # it died before that
                     os.kill(os.getpid(), signal.SIGKILL)
 
-        with log.open("ab") as file:
+        with log.open("a") as file:
+            words = [*(f"{name}={value}" for name, value in env.items()), *command]
+            print(f"# {time.ctime()}\n$ {shlex.join(words)}", file=file, flush=True)
             self.popen = subprocess.Popen(
                 command,
                 env=os.environ | env,
@@ -137,13 +136,7 @@ class Local:
     def start(self, spec: Spec, command: list[str], *, slot: str | None, threads: int, log: Path, lock: int) -> Process:
         env = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
         env |= {"CUDA_VISIBLE_DEVICES": slot} if slot else {}
-        with log.open("a") as file:
-            words = [*(f"{name}={value}" for name, value in env.items()), *command]
-            file.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S')}\n$ {shlex.join(words)}\n")
         return Process(command, env, log, lock)
-
-
-# -------------------------------------------------------------------------------------------------------------- jobs
 
 
 @dataclass
@@ -160,6 +153,7 @@ class Job:
     trailing: float | None = None  # mean return of the last 100 episodes
     starts: int = 0
     code: int = 0  # the exit code of its last start
+    hung: bool = False
     handle: Any = None
     lock: int = -1
     slot: str | None = None
@@ -201,10 +195,10 @@ class Job:
 
     def last_lines(self, count: int = 8) -> list[str]:
         """The end of what the last start printed; of a progress bar only its last state."""
-        with suppress(OSError), self.beside(".log").open("rb") as file:
-            file.seek(max(self.log_start, os.fstat(file.fileno()).st_size - 10_000))
-            lines = file.read().decode(errors="replace").split("\n")
-            return [line for raw in lines if (line := raw.rstrip("\r").rpartition("\r")[2].rstrip())][-count:]
+        with suppress(OSError):
+            text = self.beside(".log").read_bytes()[self.log_start :][-10_000:].decode(errors="replace")
+            lines = [line.rstrip("\r").rpartition("\r")[2].rstrip() for line in text.split("\n")]
+            return [line for line in lines if line][-count:]
         return []
 
 
@@ -238,7 +232,7 @@ class Runner:
         handlers = {x: signal.signal(x, self.ask_to_stop) for x in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         for job in self.jobs:
             job.look()
-        with self.display:
+        with self.display.live or nullcontext():
             try:
                 while not self.stops and (self.running or any(map(self.wants, self.jobs))):
                     for job in filter(self.wants, self.jobs):
@@ -248,6 +242,7 @@ class Runner:
                     time.sleep(TICK)
             finally:
                 self.stop_all()
+                self.display.refresh()
                 for number, handler in handlers.items():
                     signal.signal(number, handler)
 
@@ -274,7 +269,7 @@ class Runner:
         job.note = f"old folder: {aside.name}" if aside else "resumed" if "--resume" in command else ""
         log = job.beside(".log")
         job.log_start, job.began = log.stat().st_size if log.exists() else 0, time.time()
-        job.step, job.seconds, job.trailing, job.slot = 0, 0.0, None, slot
+        job.step, job.seconds, job.trailing, job.slot, job.hung = 0, 0.0, None, slot, False
         self.free.remove(slot)
         job.starts += 1
         job.handle = self.backend.start(job.spec, command, slot=slot, threads=self.threads, log=log, lock=lock)
@@ -300,19 +295,20 @@ class Runner:
             elif job.state == "running":
                 job.step, job.seconds, job.trailing = runs.progress(job.spec.folder)
                 if job.is_silent(self.hang_after):
-                    job.note = f"killed: silent for {self.hang_after / 60:g} minutes"
+                    job.hung = True
                     job.handle.stop(force=True)
         self.display.refresh()
 
     def end(self, job: Job, code: int) -> None:
-        note, job.handle, job.code = job.note if job.note.startswith("killed") else "", None, code
+        job.handle, job.code = None, code
         self.free.append(job.slot)
         self.release(job)
         if self.stops:
             return
         if code or job.is_open:
             how = f"exit code {code}" if code > 0 else signal.strsignal(-code) if code else "no result"
-            job.state, job.note = "failed", note or LAST_CODES.get(code, how)
+            how = f"silent for {self.hang_after / 60:g} minutes" if job.hung else LAST_CODES.get(code, how)
+            job.state, job.note = "failed", how
         self.display.event(job)
         if job.state == "failed" and code not in LAST_CODES and job.starts <= self.retries:
             job.state = "waiting"
@@ -362,11 +358,11 @@ def time_left(jobs: list[Job], slots: int) -> str:
     for job in (job for job in jobs if job.step and job.seconds):
         for key in (job.spec.script, None):
             paces.setdefault(key, []).append(job.seconds / job.step)
-    left = [job for job in jobs if job.state in ("waiting", "running", "elsewhere")]
+    left = [job for job in jobs if job.is_open or job.state == "running"]
     if not left or not paces:
         return ""
-    pace = {job.name: median(paces.get(job.spec.script, paces[None])) for job in left}
-    needed = [pace[job.name] * max(0, job.spec.flags["total_timesteps"] - job.step) for job in left]
+    steps = [max(0, job.spec.flags["total_timesteps"] - job.step) for job in left]
+    needed = [n * median(paces.get(job.spec.script, paces[None])) for n, job in zip(steps, left)]
     return f"; about {timedelta(seconds=round(max(sum(needed) / slots, *needed)))} left"
 
 
@@ -377,15 +373,6 @@ class Display:
         self.runner, self.printed = runner, time.monotonic()
         self.console = Console(highlight=False, markup=False, soft_wrap=True)
         self.live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
-
-    def __enter__(self) -> None:
-        if self.live:
-            self.live.start()
-
-    def __exit__(self, *_) -> None:
-        if self.live:
-            self.refresh()
-            self.live.stop()
 
     def event(self, job: Job) -> None:
         """Print what has become of a job; in a terminal failures only, the table shows the rest."""
@@ -416,14 +403,12 @@ def table(jobs: list[Job], caption: str, height: int) -> Table:
     table = Table(box=None, pad_edge=False, caption=caption, caption_justify="left")
     for title in ("run", "state", "step", "steps/s", "return", "note"):
         table.add_column(title, justify="left" if title in ("run", "state", "note") else "right", no_wrap=True)
-    by_state: dict[str, list[Job]] = {}
-    for job in jobs:
-        by_state.setdefault(job.state, []).append(job)
-    rows = [job for state in ("running", "elsewhere", "failed", "stale") for job in by_state.get(state, [])]
-    done, waiting = sorted(by_state.get("done", []), key=lambda job: -job.began), by_state.get("waiting", [])
+    states = "running", "elsewhere", "failed", "stale", "done", "waiting"
+    by_state = {state: [job for job in jobs if job.state == state] for state in states}
+    rows = [job for state in states[:4] for job in by_state[state]]
+    done, waiting = sorted(by_state["done"], key=lambda job: -job.began), by_state["waiting"]
     room = max(0, height - 4 - len(rows))
-    rows += done[: max(room // 2, room - len(waiting))]
-    for job in (rows + waiting)[: max(3, height - 4)]:
+    for job in (rows + done[: max(room // 2, room - len(waiting))] + waiting)[: max(3, height - 4)]:
         step = f"{short(job.step)} / {short(job.spec.flags['total_timesteps'])}" if job.step else ""
         speed = short(job.step / job.seconds) if job.step and job.seconds else ""
         style = {"running": "bold", "failed": "red", "stale": "yellow", "done": "green"}.get(job.state, "dim")

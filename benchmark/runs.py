@@ -15,6 +15,7 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import NoReturn
 
@@ -39,10 +40,9 @@ def words_of(flags: dict) -> list[str]:
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
-        elif isinstance(value, dict):
-            words += [f"--{flag}", *(str(x) for pair in value.items() for x in pair)]
         else:
-            words += [f"--{flag}", *([str(x) for x in value] if isinstance(value, list) else [str(value)])]
+            values = [x for pair in value.items() for x in pair] if isinstance(value, dict) else value
+            words += [f"--{flag}", *map(str, values if isinstance(values, list) else [values])]
     return words
 
 
@@ -71,12 +71,9 @@ def canonical(value) -> object:
         value = [x for pair in value.items() for x in pair]
     if isinstance(value, list | tuple):
         return [canonical(x) for x in value]
-    if isinstance(value, bool) or str(value) in ("True", "False"):
-        return str(value)
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return str(value)
+    with suppress(TypeError, ValueError):
+        return str(value) if isinstance(value, bool) else float(value)
+    return str(value)
 
 
 @dataclass(frozen=True)
@@ -104,9 +101,6 @@ def shown(path: Path) -> str:
     """A path as one would type it here."""
     path = path.absolute()
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-
-
-# ------------------------------------------------------------------------------------------------ the script's text
 
 
 @cache
@@ -205,11 +199,8 @@ def difference(folder: Path, spec: Spec) -> str:
 
 def move_aside(folder: Path) -> Path:
     """Rename a folder to the first of NAME.old-1, NAME.old-2, ... that is free."""
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
-        number += 1
-    folder.rename(aside)
-    return aside
+    free = (path for i in count(1) if not (path := folder.with_name(f"{folder.name}.old-{i}")).exists())
+    return folder.rename(next(free))
 
 
 def take_lock(path: Path) -> int | None:

@@ -5,7 +5,7 @@
     python benchmark/speed.py algos/ppo.py --peer sb3 --peer-python VENV/bin/python --threads 1 --save
     python benchmark/speed.py algos/ppo_atari.py --peer sb3 --peer-python VENV/bin/python -- --no-bf16   # flags of ours
 
-Our script and the peer run in turn, one at a time, with CleanRL's hyperparameters (peers/presets.toml). Each pair gives
+Our script and the peer run in turn, one at a time, with CleanRL's hyperparameters (peer.toml). Each pair gives
 a ratio: above 1, ours is faster. The first pair is a warm-up and does not count. Only an otherwise idle machine gives
 true numbers. What counts is training, without start-up: ours by result.json; CleanRL's by the last SPS that it prints;
 Stable-Baselines3's around learn(). Steps before the first update of an off-policy script do not count.
@@ -33,32 +33,23 @@ import tyro
 from benchmark import runs
 from benchmark.runs import ROOT, fail, words_of
 
-PEERS, SAVED = Path(__file__).resolve().parent / "peers", ROOT / "benchmark" / "results" / "speed.csv"
-PRESETS = tomllib.loads((PEERS / "presets.toml").read_text())
+PEER, SAVED = Path(__file__).resolve().parent / "peer.py", ROOT / "benchmark" / "results" / "speed.csv"
+PRESETS = tomllib.loads(PEER.with_suffix(".toml").read_text())
 SB3_NAMES = PRESETS.pop("sb3_names")
 MARKS = "<!-- speed: benchmark/speed.py --save writes this table -->", "<!-- /speed -->"
 
 
 @dataclass
 class Args:
-    script: tyro.conf.Positional[Path]
-    """our script"""
-    peer: Literal["cleanrl", "sb3"] | None = None
-    """what to run beside it"""
-    peer_path: Path = Path("cleanrl")
-    """folder of a CleanRL checkout"""
-    peer_python: str = sys.executable
-    """a Python with what the peer needs"""
-    total_timesteps: int = 0
-    """steps of a run; default: the preset's"""
-    repeats: int = 3
-    """pairs that count"""
-    threads: int = 0
-    """CPU threads of PyTorch on both sides; 0: each side's own default"""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """device of both sides"""
-    save: bool = False
-    """add the result to benchmark/results/speed.csv and the README"""
+    script: tyro.conf.Positional[Path]  # our script
+    peer: Literal["cleanrl", "sb3"] | None = None  # what to run beside it
+    peer_path: Path = Path("cleanrl")  # folder of a CleanRL checkout
+    peer_python: str = sys.executable  # a Python with what the peer needs
+    total_timesteps: int = 0  # steps of a run; default: the preset's
+    repeats: int = 3  # pairs that count
+    threads: int = 0  # CPU threads of PyTorch on both sides; 0: each side's own default
+    device: Literal["cpu", "cuda"] = "cpu"  # device of both sides
+    save: bool = False  # add the result to benchmark/results/speed.csv and the README
 
 
 def our_command(args: Args, preset: dict | None, seed: int, steps: int, folder: Path, extra: list[str]) -> list[str]:
@@ -84,7 +75,7 @@ def peer_command(args: Args, preset: dict, seed: int, steps: int) -> list[str]:
             job["arguments"]["batch_size"] = flags["num_envs"] * flags["num_steps"] // flags["num_minibatches"]
             job["arguments"]["clip_range_vf"] = flags["clip_coef"]
         job |= {"num_envs": flags["num_envs"], "normalize": "norm_obs" in flags, "anneal": flags["anneal_lr"]}
-    return [args.peer_python, str(PEERS / f"{args.peer}.py"), json.dumps(job)]
+    return [args.peer_python, str(PEER), json.dumps(job)]
 
 
 def start(command: list[str], folder: Path) -> str:
@@ -140,7 +131,7 @@ def table(saved: pd.DataFrame) -> str:
 def save(row: dict) -> None:
     rows = [read()] if SAVED.exists() else []
     saved = pd.concat([*rows, pd.DataFrame([row])], ignore_index=True)
-    saved.to_csv(SAVED, index=False)
+    saved.to_csv(SAVED, index=False, float_format="%.5g")
     readme = ROOT / "README.md"
     before, rest = readme.read_text().split(MARKS[0])
     readme.write_text(f"{before}{MARKS[0]}\n{table(saved)}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
@@ -184,10 +175,9 @@ def main() -> None:
     if args.save:
         title = {"cleanrl": "CleanRL", "sb3": "Stable-Baselines3"}[args.peer]
         row = {"script": args.script.stem, "env": peer["env_id"], "device": args.device, "peer": title}
-        row |= {"version": peer["versions"].get("stable_baselines3", "")}
-        row |= {"threads": about["threads"], "steps": steps, "pairs": args.repeats, "flags": " ".join(extra)}
-        row |= {"ours": round(np.median(ours), 1), "theirs": round(np.median(theirs), 1), "ratio": round(middle, 3)}
-        row |= {"ratio_min": round(low, 3), "ratio_max": round(high, 3), "cpu": about["cpu"], "gpu": about["gpu"]}
+        row |= {"version": peer["versions"].get("stable_baselines3", ""), "threads": about["threads"], "steps": steps}
+        row |= {"pairs": args.repeats, "flags": " ".join(extra), "ours": np.median(ours), "theirs": np.median(theirs)}
+        row |= {"ratio": middle, "ratio_min": low, "ratio_max": high, "cpu": about["cpu"], "gpu": about["gpu"]}
         save(row | {"commit": about["commit"], "date": time.strftime("%Y-%m-%d")})
 
 

@@ -46,13 +46,13 @@ def test_a_pair_is_saved_and_shown_in_the_readme(tmp_path, monkeypatch, capsys):
     """Our script is as fast as its fake says, 1000 steps/s; a peer 2000 with seed 1 and 4000 with seed 3."""
     monkeypatch.setattr(speed, "ROOT", tmp_path)
     monkeypatch.setattr(speed, "SAVED", tmp_path / "speed.csv")
-    monkeypatch.setattr(speed, "PEERS", tmp_path)
+    monkeypatch.setattr(speed, "PEER", tmp_path / "peer.py")
     monkeypatch.setattr(
         speed, "measure_ours", lambda *_: (1000.0, {"cpu": "a CPU", "gpu": "", "threads": 1, "commit": "abcdefgh"})
     )
     (tmp_path / "cleanrl" / "cleanrl").mkdir(parents=True)
     (tmp_path / "cleanrl" / "cleanrl" / "ppo.py").touch()
-    (tmp_path / "cleanrl.py").write_text(PEER)
+    (tmp_path / "peer.py").write_text(PEER)
     shutil.copy(ROOT / "algos" / "ppo.py", tmp_path)
     (tmp_path / "README.md").write_text(f"before\n{speed.MARKS[0]}\nold\n{speed.MARKS[1]}\nafter\n")
     monkeypatch.chdir(tmp_path)
