@@ -171,6 +171,7 @@ def test_what_the_tools_import_is_declared():
     assert not group.keys() & {"torch", "gymnasium", "mujoco", "ale-py", "tensorboard"}
     paths = [path for folder in ("benchmark", "cloud", "tuner") for path in (ROOT / folder).glob("*.py")]
     missing = {path.name: undeclared(ast.parse(path.read_text()), group) for path in paths}
+    del missing["peer.py"]  # which runs in the peer's environment
     assert missing.pop("track.py") <= {"tensorboard"}  # whose files it reads
     assert set().union(*missing.values()) == set(), missing
 

@@ -55,7 +55,7 @@ def test_code_hash_sees_the_algorithm_alone():
 
 
 def test_code_hash_is_the_same_in_every_python():
-    source = '@dataclass\nclass A:\n    x: int = 1\n\n'
+    source = "@dataclass\nclass A:\n    x: int = 1\n\n"
     source += 'def f(x, *, y=()):\n    "Text."\n    return f"{x!r:>3} of {y}", [*x], {}\n'
     assert runs.code_hash(source) == "07fafc170e5e016d"
 

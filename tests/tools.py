@@ -78,8 +78,10 @@ def main():
         file.write(f"{step} {os.getpid()}\\n")
     stubborn = args.fail == "stubborn"
     signal.signal(signal.SIGINT, signal.SIG_IGN if stubborn else lambda *_: sys.exit(130))
-    episodes = (folder / "episodes.csv").open("w")
-    episodes.write("".join(row + "\\n" for row in ["step,seconds,return,length", *rows]))
+    temporary = folder / "episodes.tmp"
+    temporary.write_text("".join(row + "\\n" for row in ["step,seconds,return,length", *rows]))
+    temporary.replace(folder / "episodes.csv")
+    episodes = (folder / "episodes.csv").open("a")
     final = 100 - 30 * abs(math.log10(args.learning_rate / 0.01)) + args.norm_adv + args.seed % 10 / 10
     while step < args.total_timesteps:
         time.sleep(args.pause)
@@ -151,3 +153,11 @@ def run(*words, cwd: Path = ROOT, env: dict | None = None, code: int = 0) -> sub
     told = f"{done.returncode}\n{done.stdout}\n{done.stderr}"
     assert done.returncode == code and "Traceback" not in done.stderr, told
     return done
+
+
+def lives(pid: int) -> bool:
+    """Whether a process runs; one that has ended and waits for its parent does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

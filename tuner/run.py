@@ -1,235 +1,204 @@
-"""Finds good flags for a script on an environment, and proves them on seeds that the search has not seen.
+"""Search good hyperparameters for a script, and validate them on fresh seeds.
 
-    python tuner/run.py                             # a demonstration: PPO on CartPole, 20 short trials, two minutes
-    python tuner/run.py search ppo                  # wide: many settings (spaces/ppo.toml), the poor ones cut short
-    python tuner/run.py narrow LunarLander-v3__ppo      # writes narrow.toml: what mattered, around the best. Edit it
-    python tuner/run.py search runs/tuner/LunarLander-v3__ppo/narrow.toml       # several seeds each, none cut short
+    python tuner/run.py                             # a demonstration: PPO on CartPole, 20 short trials
+    python tuner/run.py search ppo                  # many settings (tuner/spaces/ppo.toml), the poor ones pruned
+    python tuner/run.py search ppo --env-id my_package:My-v0 --total-timesteps 300000 --minutes 480    # yours, tonight
+    python tuner/run.py show LunarLander-v3__ppo    # what was tried, what mattered, plots
+    python tuner/run.py narrow LunarLander-v3__ppo  # write narrow.toml: what mattered, around the best. Edit it
+    python tuner/run.py search runs/tuner/LunarLander-v3__ppo/narrow.toml       # three seeds each, no pruning
     python tuner/run.py validate LunarLander-v3__ppo__narrow    # the winner against the defaults, ten fresh seeds each
-    python tuner/run.py show LunarLander-v3__ppo        # what was tried, what mattered, plots, trials.csv
+    python tuner/run.py search ppo --storage postgresql://user@host/db          # the same command on many machines
 
-    python tuner/run.py search ppo --env-id my_package:My-v0 --total-timesteps 300000       # an environment of your own
-    python tuner/run.py search ppo --storage postgresql://user@host/db      # started on as many machines as there are
-    python tuner/run.py search ppo_atari --backend dstack --jobs 20         # each run on a rented machine, 20 at a time
-
-Only the validation is a result: the best of many search scores is partly luck. Search spaces are described in
-spaces.py, the study's folder in study.py, how workers share a study in search.py; docs/tuning.md tells the method.
-
-Every command goes on where it was when it is started again, after Ctrl-C, kill -9 or a power cut. Exit code: 0 when it
-did its work, 1 when runs failed (three trials in a row end a search), 2 for bad input, 130 when stopped.
+Every command continues where it was when it is started again, after Ctrl-C, kill -9, or a power cut. Exit code: 0; 1 if
+runs failed (three trials in a row stop a search), 2 for bad input, 130 if interrupted. docs/tuning.md has the method.
 """
 
-import os
 import shlex
 import sys
-from dataclasses import dataclass, field
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import optuna
+import pandas as pd
 import tyro
 from tyro.conf import Positional
 
-from benchmark import run
-from benchmark.run import backend_of, check, fail, shown
-from benchmark.suites import SCRIPTS, SuiteError
-from tuner import report, spaces
-from tuner.search import Worker, run_folder
-from tuner.study import load_study, locked, open_storage, open_study
+from benchmark.runner import TICK, Job, Local, Runner, find_gpus, slots, uses_gpu
+from benchmark.runs import RUNS, fail, read_args, shown
+from benchmark.suites import SuiteError
+from tuner.narrow import narrow
+from tuner.spaces import Space, load, seeds_of
+from tuner.study import Locks, best, importances, load_study, open_storage, open_study, ranking
+from tuner.validate import choose, validate
+from tuner.worker import BAD_INPUT, FAILURES, Worker, first_flags
 
-RUNS = SCRIPTS.parent / "runs"
-STUDIES = RUNS / "tuner"
 
-
-@dataclass
+@dataclass(kw_only=True)
 class Place:
-    """Where studies are."""
-
-    studies: Path = STUDIES
-    """folder of the studies' folders"""
-    storage: str | None = field(default_factory=lambda: os.environ.get("OPTUNA_STORAGE"))
-    """the database that has the trials, such as postgresql://user@host/db; by default $OPTUNA_STORAGE, else a file in
-    the study's folder"""
+    studies: Path = RUNS / "tuner"  # folder of the studies' folders
+    storage: str | None = None  # postgresql://user@host/db, a database for the trials; default: a file per study
 
 
-@dataclass
-class Machine:
-    """How runs are made."""
+@dataclass(kw_only=True)
+class Machine(Place):
+    jobs: int | None = None  # runs side by side; default: as many as fit on the cores or GPUs
+    threads: int = 1  # CPU threads of each run
+    gpus: tuple[str, ...] = ()  # GPUs by number or id; default: all that are visible, if the script uses one
+    runs_per_gpu: int = 1  # runs side by side on each GPU
+    device: Literal["cpu", "cuda"] | None = None  # --device of every run; default: the script's own
 
-    jobs: int | None = None
-    """runs side by side; by default as many as cores / threads, or as fit on the GPUs; 10 in the cloud"""
-    threads: int = 1
-    """CPU threads of each run"""
-    gpus: tuple[str, ...] = ()
-    """GPUs to spread the runs over, such as 0 1; each run sees one"""
-    runs_per_gpu: int = 1
-    """runs side by side on each GPU"""
-    device: Literal["cpu", "cuda"] | None = None
-    """--device of every run; by default the script's own"""
-    hang_after: float = 30.0
-    """minutes without a sign in log and run folder after which a run is killed and counts as failed"""
-    backend: Literal["local", "dstack"] = "local"
-    """where the runs are made: on this machine, or on rented ones"""
-    template: str = "auto"
-    """what a rented machine is like: cpu, gpu, or a file as in cloud/; auto: by the script"""
+    def runner(self, space: Space) -> Runner:
+        if min(x for x in (self.jobs, self.threads, self.runs_per_gpu) if x is not None) < 1:
+            fail("--jobs, --threads and --runs-per-gpu must be at least 1")
+        gpus = find_gpus(self.gpus) if uses_gpu(space.path, self.device) else []
+        return Runner([], slots(self.jobs, self.threads, gpus, self.runs_per_gpu), Local(), self.threads, self.device)
 
 
-@dataclass
-class Search:
-    """Try the settings of a search space; go on with the study if it is there."""
+@dataclass(kw_only=True)
+class Search(Machine):
+    """Try the settings of a search space, or continue to."""
 
-    space: Positional[str] = "demo"
-    """a search space by name (tuner/spaces/), the path of a TOML file, or the folder of a study to go on with"""
-    env_id: str | None = None
-    """another environment than the space's"""
-    total_timesteps: int | None = None
-    """another budget of a run"""
-    trials: int | None = None
-    """another number of settings to try"""
-    seeds: int | None = None
-    """another number of runs per setting"""
-    pruner: Literal["asha", "median", "none"] | None = None
-    """another way to cut runs short"""
-    name: str | None = None
-    """another name of the study; by default {env}__{space}"""
-    minutes: float = 1e9
-    """stop after so many minutes; the same command goes on"""
-    orphaned_after: float = 120.0
-    """seconds without a sign from a worker on another machine after which its trials are taken over"""
-    place: tyro.conf.OmitArgPrefixes[Place] = field(default_factory=Place)
-    machine: tyro.conf.OmitArgPrefixes[Machine] = field(default_factory=Machine)
+    space: Positional[str] = "demo"  # a search space by name (tuner/spaces/), or a TOML file
+    env_id: str | None = None  # another environment
+    total_timesteps: int | None = None  # another budget of a run
+    trials: int | None = None  # another number of trials
+    seeds: str | None = None  # runs per trial: 3 for seeds 101 to 103, or seeds such as 101,105-107
+    pruner: Literal["asha", "median", "none"] | None = None  # another pruner
+    name: str | None = None  # name of the study; default: {env}__{space}
+    minutes: float = float("inf")  # stop after so many minutes; the same command continues
+    dry_run: bool = False  # print the commands of the first trials and start nothing
+
+    def __call__(self) -> None:
+        changes = {key: getattr(self, key) for key in ("trials", "seeds", "pruner", "name")}
+        changes |= {"env": self.env_id, "steps": self.total_timesteps}
+        space = load(self.space, {key: value for key, value in changes.items() if value is not None})
+        runner, folder = self.runner(space), self.studies / space.name
+        if self.dry_run:
+            for flags in first_flags(space, 10):
+                print(shlex.join(["python", shown(space.path), *space.spec(flags, seeds_of(space.seeds)[0]).words]))
+            return
+        try_out(space, runner)
+        try:
+            storage = open_storage(self.storage, folder, create=True)
+            study = open_study(space, storage, folder)
+            worker = Worker(study, space, Locks(folder, storage), runner)
+            worker.work(self.minutes)
+            summarize(study, space, folder)
+        except (OSError, optuna.exceptions.StorageInternalError) as error:
+            fail(f"{str(error).splitlines()[0]}; nothing finished is lost, the same command resumes", code=1)
+        if runner.stops:
+            fail(f"stopped; to resume: {shlex.join([sys.executable, *sys.argv])}", code=130)
+        if worker.failures >= FAILURES:
+            fail(f"{FAILURES} trials in a row failed. To start over: another --name, or rm -r {shown(folder)}", code=1)
 
 
-@dataclass
-class Narrow:
+def try_out(space: Space, runner: Runner) -> None:
+    """Start the script with two settings until it has made its environment and run folder. Mistakes end here."""
+    runner.display = SimpleNamespace(event=lambda job: None, refresh=lambda: None)  # the worker reports trials
+    with tempfile.TemporaryDirectory() as folder:
+        for number, flags in enumerate(first_flags(space, 2)):
+            job = Job("try-out", space.spec(flags, seeds_of(space.seeds)[0], Path(folder, str(number))))
+            runner.jobs = [job]
+            runner.start(job, runner.free[0])
+            while job.handle:
+                if read_args(job.spec.folder):
+                    job.handle.stop(force=True)
+                runner.watch()
+                time.sleep(TICK)
+            if not read_args(job.spec.folder):
+                lines = [line.strip("│╭╰╮╯─ ") for line in job.last_lines() if line[:2] not in ("# ", "$ ")]
+                lines = [line.removeprefix("error: ") for line in lines]
+                why = (" " if job.code == BAD_INPUT else "\n    ").join(filter(None, lines))
+                fail(f"{space.path.name} {shlex.join(job.spec.words)}: {why}", 2 if job.code == BAD_INPUT else 1)
+    runner.jobs = []
+
+
+def summarize(study: optuna.Study, space: Space, folder: Path) -> None:
+    """Print what a search found, and write trials.csv."""
+    trials, ranked, leader = study.trials_dataframe(), ranking(study), best(study)
+    trials.to_csv(folder / "trials.csv", index=False)
+    counts = trials["state"].str.lower().value_counts()
+    print(f"\n{space.name}: {', '.join(f'{n} {state}' for state, n in counts.items())}; {shown(folder)}/trials.csv")
+    if leader is None:
+        return print("no trial is complete yet")
+    shares = importances(study, space)
+    flags = sorted((x.flag for x in space.dimensions), key=lambda flag: -shares.get(flag, 0))
+    chosen = [x for place, x in enumerate(ranked) if place < 8 or x.number == 0]
+    rows = [(x.number, x.state.name.lower(), x.value, *map(space.settings(x).get, flags)) for x in chosen]
+    table = pd.DataFrame(rows, columns=["trial", "state", "value", *flags])
+    print(f"\n{table.to_string(index=False, float_format=lambda x: f'{x:.4g}')}\n")
+    if shares:
+        parts = ", ".join(f"{flag} {share:.2f}" for flag, share in shares.items())
+        print(f"importance: {parts} (a hint, not a measurement)")
+    tuned = sum(not x.distribution.single() for x in space.dimensions)
+    if len(ranked) < 2 * tuned or counts["complete"] < min(3, len(ranked)):
+        print(f"too small to conclude: {counts['complete']} of {len(ranked)} trials are complete, for {tuned} flags.")
+        print("Use 3 to 4 trials for each flag, --pruner median or none, or a larger grace.")
+    command = shlex.join(space.spec(space.flags(leader), seeds_of(space.seeds)[0]).words)
+    print(f"\nbest: trial {leader.number}, {leader.value:.4g}\n    python {shown(space.path)} {command}")
+    if leader.number == 0:
+        return print("That is the first trial: the search found nothing better than its start.")
+    print(f"Its score is partly luck. To prove it on fresh seeds:\n    python tuner/run.py validate {shown(folder)}")
+
+
+@dataclass(kw_only=True)
+class Show(Place):
+    """Show what a search tried and found; draw Optuna's plots, and write trials.csv."""
+
+    study: Positional[str]  # a study by name or folder
+
+    def __call__(self) -> None:
+        from matplotlib import pyplot  # half a second
+        from optuna.visualization import matplotlib as plots
+
+        study, space, folder = load_study(self.study, self.studies, self.storage)
+        summarize(study, space, folder)
+        pyplot.switch_backend("agg")
+        warnings.simplefilter("ignore")  # Optuna's plots are called experimental
+        for name in ("optimization_history", "intermediate_values", "slice"):
+            getattr(plots, f"plot_{name}")(study)
+            pyplot.savefig(folder / f"{name}.png", dpi=120, bbox_inches="tight")
+            print(f"written: {shown(folder / name)}.png")
+
+
+@dataclass(kw_only=True)
+class Narrow(Place):
     """Write a narrower search space from a finished search."""
 
-    study: Positional[str]
-    """a study by name or folder"""
-    out: Path | None = None
-    """the file; by default narrow.toml in the study's folder"""
-    seeds: int = 3
-    """runs per setting in the narrow search"""
-    place: tyro.conf.OmitArgPrefixes[Place] = field(default_factory=Place)
+    study: Positional[str]  # a study by name or folder
+
+    def __call__(self) -> None:
+        study, space, folder = load_study(self.study, self.studies, self.storage)
+        path = folder / "narrow.toml"
+        if path.exists():
+            fail(f"{shown(path)} exists; move it away first")
+        path.write_text(narrow(study, space))
+        print(f"{path.read_text()}\nRead it, edit it, and run it:\n    python tuner/run.py search {shown(path)}")
 
 
-@dataclass
-class Validate:
-    """Run the best setting and the script's defaults on fresh seeds."""
+@dataclass(kw_only=True)
+class Validate(Machine):
+    """Run the best trial and the script's defaults on fresh seeds."""
 
-    study: Positional[str]
-    """a study by name or folder"""
-    seeds: int = 10
-    """seeds of each, from --first-seed on"""
-    first_seed: int = 1001
-    """the first of them"""
-    trial: int | None = None
-    """this trial's setting instead of the best"""
-    place: tyro.conf.OmitArgPrefixes[Place] = field(default_factory=Place)
-    machine: tyro.conf.OmitArgPrefixes[Machine] = field(default_factory=Machine)
+    study: Positional[str]  # a study by name or folder
+    seeds: str = "10"  # of each, at least 4: 10 for 1001 to 1010, or a list such as 1001,1005-1007
+    trial: int | None = None  # another trial than the best
 
-
-@dataclass
-class Show:
-    """Tell what a search tried and found; draw it, and write trials.csv."""
-
-    study: Positional[str]
-    """a study by name or folder"""
-    place: tyro.conf.OmitArgPrefixes[Place] = field(default_factory=Place)
-
-
-def study_folder(name: str, place: Place) -> Path:
-    return Path(name) if (Path(name) / "space.toml").exists() else place.studies / name
-
-
-def runner_args(space: spaces.Space, folder: Path, machine: Machine) -> run.Args:
-    """What the benchmark's runner wants to know. Runs get their names on the Hub from their place below runs/, or of a
-    study that lies elsewhere from that below its --studies' parent."""
-    folder = folder.resolve()
-    runs_dir = RUNS if folder.is_relative_to(RUNS) else folder.parent.parent
-    args = run.Args(suites=(), scripts=space.script.parent, runs_dir=runs_dir, **vars(machine))
-    check(args)
-    return args
-
-
-def line_up(study: optuna.Study, space: spaces.Space, folder: Path) -> None:
-    """Have all trials wait in the storage. Should two machines do it at once, there are more than enough, and the
-    surplus is never taken."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
-        (folder / "space.toml").write_text(spaces.write(space, folder, {}))
-        for _ in range(space.trials - len(study.get_trials(deepcopy=False))):
-            study.enqueue_trial({})
-
-
-def search(args: Search) -> None:
-    for name in ("minutes", "orphaned_after"):
-        if not getattr(args, name) > 0:
-            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it is above 0")
-    changes = {"env": args.env_id, "steps": args.total_timesteps, "trials": args.trials, "seeds": args.seeds}
-    space = spaces.load(args.space, **changes, pruner=args.pruner, name=args.name)
-    is_study = (Path(args.space) / "space.toml").exists()  # which goes on where it lies
-    folder = (Path(args.space).resolve().parent if is_study else args.place.studies) / space.name
-    runner = runner_args(space, folder, args.machine)
-    backend = backend_of(runner, [run_folder(folder, space.trials - 1, seed) for seed in space.seeds])
-    dimensions = len(space.dimensions)
-    if space.trials < 3 * dimensions:
-        few = f"{space.trials} trials are few for {dimensions} flags; {3 * dimensions} to {4 * dimensions} are sensible"
-        print(f"warning: {few}", file=sys.stderr)
-    try:
-        storage = open_storage(args.place.storage, folder, create=True)
-        study = open_study(space, storage)
-        line_up(study, space, folder)
-        worker = Worker(study, storage, space, folder, runner, backend, args.orphaned_after, args.minutes)
-        worker.work()
-    except (OSError, optuna.exceptions.StorageInternalError) as error:
-        fail(f"{error}; what was made is intact, and the same command goes on", code=1)
-    print()
-    report.show(study, space, folder, args.place.storage, figures=False)
-    if worker.broken:
-        fail("three trials in a row failed; the last lines of their logs are above. The search has stopped", code=1)
-    if worker.stops:
-        print(f"stopped; to go on: {shlex.join([sys.executable, *sys.argv])}", file=sys.stderr)
-        raise SystemExit(130)
-
-
-def narrow(args: Narrow) -> None:
-    if args.seeds < 1:
-        fail(f"--seeds is {args.seeds}; it is at least 1")
-    folder = study_folder(args.study, args.place)
-    study, space = load_study(folder, args.place.storage)
-    path = args.out or folder / "narrow.toml"
-    if path.exists():
-        fail(f"{path} is there already; --out names another file")
-    path.write_text(report.narrow(study, space, args.seeds, path.parent))
-    print(path.read_text())
-    print(f"written: {shown(path)}. Read it, edit it, and run it:")
-    studies = folder.resolve().parent
-    print(f"    {report.again('search', path, args.place.storage, studies if studies != STUDIES else None)}")
-
-
-def validate(args: Validate) -> None:
-    if args.seeds < 1 or args.first_seed < 0:
-        fail(f"--seeds is {args.seeds} and --first-seed {args.first_seed}; they are at least 1 and 0")
-    folder = study_folder(args.study, args.place)
-    study, space = load_study(folder, args.place.storage)
-    seeds = range(args.first_seed, args.first_seed + args.seeds)
-    if args.seeds < 4:
-        print(f"warning: with {args.seeds} seeds each no difference is ever found; it takes 4", file=sys.stderr)
-    report.validate(study, space, folder, seeds, args.trial, runner_args(space, folder, args.machine))
-
-
-def show(args: Show) -> None:
-    folder = study_folder(args.study, args.place)
-    study, space = load_study(folder, args.place.storage)
-    report.show(study, space, folder, args.place.storage, figures=True)
+    def __call__(self) -> None:
+        study, space, folder = load_study(self.study, self.studies, self.storage)
+        seeds = seeds_of(self.seeds, first=1001)
+        validate(space, choose(study, space, seeds, self.trial), folder, seeds, self.runner(space))
 
 
 def main() -> None:
     words = sys.argv[1:] or ["search"]
-    commands = Search | Narrow | Validate | Show
-    args = tyro.cli(commands, args=words, prog=f"python {sys.argv[0]}", description=__doc__)
     try:
-        {Search: search, Narrow: narrow, Validate: validate, Show: show}[type(args)](args)
+        tyro.cli(Search | Show | Narrow | Validate, args=words, prog="python tuner/run.py", description=__doc__)()
     except SuiteError as error:
         fail(str(error))
     except KeyboardInterrupt:

@@ -1,200 +1,149 @@
-"""A study on disk or in a database: opened, checked to be the same search, and read.
-
-A study's folder is runs/tuner/{name}/:
-
-    space.toml              what is searched, as it was read; `search` with this folder goes on from it
-    study.journal           Optuna's record of all trials, unless they are in a database
-    trials/{number}/        a run folder and a log per seed
-    trials.csv, *.svg       what `show` makes of them
-
-The journal is locked with flock: the lock of a worker that is killed is gone with it, and what such a worker or a power
-cut left of a half-written line is removed by the next one to write.
-"""
+"""A study: opened, locked, and read. Its folder, runs/tuner/{name}/, has study.journal (Optuna's record of all trials,
+unless they are in PostgreSQL) and trials/{number}/seed-{seed}/ (run folders, with a log beside each)."""
 
 import fcntl
 import math
 import os
 import time
-from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import optuna
 from optuna.importance import PedAnovaImportanceEvaluator
+from optuna.pruners import MedianPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from benchmark.collect import write_csv
-from benchmark.run import fail
-from benchmark.suites import code_hash
-from tuner.spaces import Space, load
+from benchmark.runs import code_hash, fail, shown, take_lock
+from tuner.spaces import Space, read
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
-OURS = "folio"  # key of what we record with a study
-PATIENCE = 20  # seconds that a database has to answer
-ENDED = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL
+KEEPALIVE = "-c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3"
 
 
 class JournalLock:
-    """The lock that Optuna holds while it adds to the journal."""
+    """Held by Optuna while it appends to the journal. Unlike Optuna's own it dies with its process, and the next one
+    removes the line that a killed process left unfinished."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self.path, self.file = path, None
 
     def acquire(self) -> bool:
         self.file = self.path.with_name(self.path.name + ".lock").open("a")
         fcntl.flock(self.file, fcntl.LOCK_EX)
-        with self.path.open("rb+") as journal:
-            size = journal.seek(0, os.SEEK_END)
-            journal.seek(max(0, size - 1))
-            if size and journal.read() != b"\n":
-                journal.seek(0)
-                journal.truncate(journal.read().rfind(b"\n") + 1)
+        os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
         return True
 
     def release(self) -> None:
         self.file.close()
 
 
+class Locks:
+    """What a worker owns: trials, and the right to take one. A lock dies with its owner, however that ends.
+
+    It is a locked file, and with PostgreSQL also an advisory lock of the server, for workers on other machines. (With
+    Optuna's heartbeats, a worker that dies before the first one, or while it requeues another's trial, loses a trial.)
+    """
+
+    def __init__(self, folder: Path, storage: BaseStorage) -> None:
+        self.folder, self.connection = folder, None
+        if isinstance(storage, RDBStorage):
+            self.connection = storage.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+
+    def ask(self, question: str) -> bool:
+        """Ask the server. An error if it is gone, and our locks with it."""
+        try:
+            return not self.connection or self.connection.exec_driver_sql(f"SELECT {question}").scalar()
+        except Exception as error:  # of a package that is imported only where there is a server
+            raise ConnectionError(str(error)) from None
+
+    def take(self, what: int | str) -> int | None:
+        """A file descriptor; None if another worker has the lock."""
+        lock = take_lock(self.folder / "trials" / f"{what}.lock")
+        if lock is not None and not self.ask(f"pg_try_advisory_lock(hashtextextended('{self.folder.name}/{what}', 0))"):
+            os.close(lock)
+            return None
+        return lock
+
+    def give(self, what: int | str, lock: int) -> None:
+        self.ask(f"pg_advisory_unlock(hashtextextended('{self.folder.name}/{what}', 0))")
+        (self.folder / "trials" / f"{what}.lock").unlink(missing_ok=True)
+        os.close(lock)
+
+
 def open_storage(url: str | None, folder: Path, create: bool = False) -> BaseStorage:
-    """The database at this address; without one, the journal in the study's folder."""
+    """The PostgreSQL database at `url`; without one, the journal in the study's folder."""
     if not url:
         path = folder / "study.journal"
         if not path.exists() and not create:
-            there = sorted(x.parent.name for x in folder.parent.glob("*/space.toml"))
-            known = f"there are {', '.join(there)}" if there else "there is none yet"
-            fail(f"{folder} is no study; {known}. One in a database takes --storage")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            return JournalStorage(JournalFileBackend(str(path), lock_obj=JournalLock(path)))
-        except (ValueError, KeyError) as error:
-            fail(f"{path} is damaged: {error}")
-    for prefix in ("postgres://", "postgresql://"):
-        if url.startswith(prefix):
-            url = f"postgresql+psycopg://{url.removeprefix(prefix)}"
-    from sqlalchemy.exc import (
-        IntegrityError,
-        ProgrammingError,
-        SQLAlchemyError,
-    )  # 0.3 s that the journal can do without
-
-    engine = {"pool_pre_ping": True}
-    if url.startswith("postgresql"):
-        engine["connect_args"] = {"connect_timeout": PATIENCE}
-    for attempt in range(10):
+            names = ", ".join(sorted(x.parent.name for x in folder.parent.glob("*/study.journal")))
+            fail(f"no study in {shown(folder)}; there is {names or 'none'}. One in a database needs --storage")
+        folder.mkdir(parents=True, exist_ok=True)
+        return JournalStorage(JournalFileBackend(str(path), lock_obj=JournalLock(path)))
+    url = url.replace("postgresql://", "postgresql+psycopg://", 1)
+    engine = {"pool_pre_ping": True, "connect_args": {"connect_timeout": 10, "options": KEEPALIVE}}
+    for _ in range(3):  # of two workers that create the tables at once, one has to try again
         try:
             return RDBStorage(url, engine_kwargs=engine)
-        except ImportError as error:
-            fail(f"--storage needs a package that is missing: {error}. For PostgreSQL: pip install -e '.[postgres]'")
-        except (
-            IntegrityError,
-            ProgrammingError,
-        ) as error:  # of two workers that make the tables at once, the later one
-            reason = error
-            time.sleep(0.2 * attempt)
-        except SQLAlchemyError as error:
-            reason = error
-            break
-    fail(f"--storage cannot be opened: {str(reason).splitlines()[0]}")
+        except Exception as error:  # of SQLAlchemy or the driver
+            reason = str(error).splitlines()[0]
+            time.sleep(0.3)
+    fail(f"--storage: {reason}. It takes postgresql://user:password@host/database, and pip install -e '.[postgres]'")
 
 
-def open_study(space: Space, storage: BaseStorage) -> optuna.Study:
-    """The space's study, made or gone on with. Another search under the same name is an error, not a mixture."""
-    try:
-        study = optuna.load_study(study_name=space.name, storage=storage)
-    except KeyError:
-        how = {"direction": space.direction, "load_if_exists": True}  # another worker may be as far as we are
-        study = optuna.create_study(study_name=space.name, storage=storage, **how)
-    ours = space.described | {"code": code_hash(space.source)}
-    had = study.user_attrs.get(OURS)
-    if had is None and study.get_trials(deepcopy=False):
-        fail(f"study {space.name} was not made by the tuner; choose another --name")
-    if had is None:
-        study.set_user_attr(OURS, ours)
-        had = study.user_attrs[OURS]  # of two workers that begin it at once, both see the later one's
-    for key, value in ours.items():
-        if had.get(key) != value:
-            change = "has changed since" if key == "code" else f"was {had.get(key)} and is {value} now"
-            what = f"the code of {space.script.name}" if key == "code" else key
-            fail(f"study {space.name} is another search: {what} {change}. Choose another --name")
+def open_study(space: Space, storage: BaseStorage, folder: Path) -> optuna.Study:
+    """The space's study, new or continued. Another search under the same name is an error."""
+    pruner = {
+        "asha": SuccessiveHalvingPruner(min_resource=space.grace, reduction_factor=space.reduction),
+        "median": MedianPruner(n_warmup_steps=space.grace),
+        "none": NopPruner(),
+    }[space.pruner]
+    how = {"direction": "maximize", "pruner": pruner, "load_if_exists": True}
+    study = optuna.create_study(study_name=space.name, storage=storage, **how)
+    ours = asdict(space) | {"code": code_hash(space.path.read_text())}
+    if not study.get_trials(deepcopy=False):
+        study.set_user_attr("space", ours)
+    had = study.user_attrs.get("space", {})
+    differs = [key for key in ours if had.get(key) != ours[key] and key not in ("script", "trials")]
+    if what := ", ".join(space.path.name if key == "code" else key for key in differs):
+        fail(f"study {space.name} is another search: {what} changed. Choose another --name, or delete {shown(folder)}")
     return study
 
 
-def load_study(folder: Path, url: str | None) -> tuple[optuna.Study, Space]:
-    """A study that is there, and its space."""
-    storage, space = open_storage(url, folder), load(folder)
-    try:
-        return optuna.load_study(study_name=space.name, storage=storage), space
-    except KeyError:
-        fail(f"there is no study {space.name} in {url or folder / 'study.journal'}")
+def load_study(name: str, studies: Path, url: str | None) -> tuple[optuna.Study, Space, Path]:
+    """An existing study by its name or folder."""
+    folder = Path(name).resolve() if Path(name).is_dir() else studies / name
+    storage = open_storage(url, folder)
+    if folder.name not in optuna.get_all_study_names(storage):
+        fail(f"no study {folder.name} in {url or shown(folder)}")
+    study = optuna.load_study(study_name=folder.name, storage=storage)
+    content = {key: value for key, value in study.user_attrs["space"].items() if key != "code"}
+    return study, read(content, folder), folder
 
 
-# ------------------------------------------------------------------------------------------------ what the trials say
-
-
-def best_first(study: optuna.Study) -> list[FrozenTrial]:
+def ranking(study: optuna.Study) -> list[FrozenTrial]:
     """Trials that have a value: the complete ones by value, then the pruned ones by how far they came, and by value."""
-    sign = 1 if study.direction == optuna.study.StudyDirection.MINIMIZE else -1
-
-    def place(trial: FrozenTrial) -> tuple:
-        pruned = trial.state == TrialState.PRUNED
-        return pruned, -(trial.last_step or 0) if pruned else 0, sign * trial.value, trial.number
-
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
-    return sorted((x for x in trials if x.value is not None and math.isfinite(x.value)), key=place)
+    trials = [x for x in trials if x.value is not None and math.isfinite(x.value)]
+    return sorted(trials, key=lambda x: (x.state == TrialState.PRUNED, -x.last_step, -x.value, x.number))
 
 
 def best(study: optuna.Study) -> FrozenTrial | None:
-    trials = best_first(study)
-    return trials[0] if trials and trials[0].state == TrialState.COMPLETE else None
+    return next((x for x in ranking(study) if x.state == TrialState.COMPLETE), None)
 
 
 def importances(study: optuna.Study, space: Space) -> dict[str, float]:
-    """How much each flag told good settings from bad ones, as shares of 1 (PED-ANOVA, arXiv:2304.10255).
+    """How much each flag separates good trials from bad ones, as shares of 1 (PED-ANOVA, arXiv:2304.10255).
 
-    Optuna looks at complete trials alone, of which pruning leaves few. Here all count, by their place in `best_first`.
+    Optuna looks at complete trials only, and pruning leaves few. Here all trials count, by their place in `ranking`.
     """
-    known = {x.param: x.distribution for x in space.dimensions}
-    ranks, trials = optuna.create_study(), best_first(study)
-    for place, trial in enumerate(trials):
-        if trial.params.keys() == known.keys():
-            params = {name: trial.params[name] for name in known}
-            ranks.add_trial(optuna.trial.create_trial(params=params, distributions=known, value=float(place)))
-    if len(ranks.trials) < 8:
+    trials = [x for x in ranking(study) if len(x.params) == len(space.dimensions)]
+    ranks = optuna.create_study()
+    for place, x in enumerate(trials):
+        ranks.add_trial(optuna.create_trial(params=x.params, distributions=x.distributions, value=float(place)))
+    if len(trials) < 8:
         return {}
-    evaluator = PedAnovaImportanceEvaluator(target_quantile=min(0.5, max(0.1, 5 / len(ranks.trials))))
+    evaluator = PedAnovaImportanceEvaluator(target_quantile=min(0.5, max(0.1, 5 / len(trials))))
     shares = optuna.importance.get_param_importances(ranks, evaluator=evaluator)
-    flags = {x.param: x.flag for x in space.dimensions}
-    return {flags[name]: share for name, share in sorted(shares.items(), key=lambda x: -x[1])}
-
-
-def shown(value) -> str:
-    """A flag's value as one would write it; ... is one that is not known."""
-    return "?" if value is ... else f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-@contextmanager
-def locked(folder: Path):
-    """What only one worker may do at a time."""
-    with (folder / "study.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def write_trials(study: optuna.Study, space: Space, folder: Path) -> None:
-    """trials.csv, with a row for each trial that was begun."""
-    flags = [x.flag for x in space.dimensions]
-    columns = ["trial", "state", "value", "last_step", "steps", "seconds", *flags, "values", "started", "note"]
-    rows = []
-    for x in study.get_trials(deepcopy=False):
-        if x.state == TrialState.WAITING:
-            continue
-        outcome, settings = x.user_attrs.get("outcome", {}), space.settings(x.number, x.params)
-        row = {"trial": x.number, "state": x.state.name.lower(), "value": x.value, "last_step": x.last_step}
-        row |= {name: outcome.get(name) for name in ("steps", "seconds", "note")}
-        row |= {"values": " ".join(map(str, outcome.get("values", [])))}
-        row |= {"started": f"{x.datetime_start:%Y-%m-%d %H:%M:%S}" if x.datetime_start else None}
-        row |= {flag: str(settings[flag]) if flag in settings else None for flag in flags}
-        rows.append(["" if row[name] is None else row[name] for name in columns])
-    with locked(folder):
-        write_csv(folder / "trials.csv", columns, rows)
+    return {x.flag: shares[x.param] for x in sorted(space.dimensions, key=lambda x: -shares[x.param])}
