@@ -230,8 +230,7 @@ PRUNERS = [("asha", 100, 10, 100), ("median", 200, 10, 200), ("asha", 50, 100, 5
 
 @pytest.mark.parametrize("pruner, grace, interval, least", PRUNERS)
 def test_poor_trials_are_pruned(pruner, grace, interval, least, house, call):
-    """Ten episodes end in each interval; with a long one, 50 have not ended at grace. The first trial is slow and nearly
-    the worst, but never pruned."""
+    """Ten episodes end in each interval. The first trial is slow and nearly the worst, but never pruned."""
     ranges = {"learning-rate": RATE, "pause": {"low": interval / 2000, "high": interval / 1500}}
     start, fixed = {"learning-rate": 2e-4, "pause": interval / 400}, {"checkpoint-every": interval}
     house.space(ranges, trials=16, pruner=pruner, grace=grace, fixed=fixed, start=start)
@@ -424,7 +423,8 @@ def postgres():
     """A PostgreSQL server of our own on a socket in a folder: its address, and how to stop and start it."""
     pytest.importorskip("psycopg", reason="psycopg is not installed: pip install -e '.[postgres]'")
     programs = list(filter(None, [shutil.which("initdb"), *Path("/usr/lib/postgresql").glob("*/bin/initdb")]))
-    programs or pytest.skip("no PostgreSQL server is installed: apt-get install postgresql")
+    if not programs:
+        pytest.skip("no PostgreSQL server is installed: apt-get install postgresql")
     base, as_user = Path(tempfile.mkdtemp()), []  # not tmp_path: a socket's path has at most 107 letters
     if os.getuid() == 0:  # the server refuses to run as root
         shutil.chown(base, "nobody")

@@ -68,7 +68,7 @@ class Search(Machine):
     total_timesteps: int | None = None  # another budget of a run
     trials: int | None = None  # another number of trials
     seeds: str | None = None  # runs per trial: 3 for seeds 101 to 103, or seeds such as 101,105-107
-    pruner: Literal["asha", "median", "none"] | None = None  # another pruner
+    pruner: str | None = None  # another pruner: asha, median or none
     name: str | None = None  # name of the study; default: {env}__{space}
     minutes: float = float("inf")  # stop after so many minutes; the same command continues
     dry_run: bool = False  # print the commands of the first trials and start nothing

@@ -1,0 +1,101 @@
+"""Validation: the best trial of a search against the script's defaults, on seeds that the search has not seen.
+
+Only this is a result. The best of many noisy scores is partly luck, so a search overestimates its winner.
+"""
+
+import shlex
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pandas as pd
+from optuna.trial import FrozenTrial, TrialState
+
+from benchmark import stats
+from benchmark.runner import Job, Runner
+from benchmark.runs import fail, read_result, shown
+from tuner.narrow import toml
+from tuner.spaces import Space, seeds_of
+from tuner.study import ranking
+
+
+def choose(study: optuna.Study, space: Space, seeds: list[int], number: int | None) -> FrozenTrial:
+    """The trial to validate. An error if that would not show anything."""
+    if used := set(seeds) & set(seeds_of(space.seeds)):
+        fail(f"the search has seen seed {min(used)}; choose other --seeds")
+    trials = [x for x in ranking(study) if x.state == TrialState.COMPLETE and number in (None, x.number)]
+    if not trials:
+        fail(f"{space.name} has no such trial that is complete")
+    if not changed(space, trials[0]):
+        fail(f"trial {trials[0].number} has the script's defaults: there is nothing to validate", code=1)
+    return trials[0]
+
+
+def changed(space: Space, trial: FrozenTrial) -> dict:
+    """The flags of a trial that differ from the script's defaults."""
+    return {key: x for key, x in space.flags(trial).items() if x != (space.defaults | space.fixed)[key]}
+
+
+def validate(space: Space, trial: FrozenTrial, folder: Path, seeds: list[int], runner: Runner) -> None:
+    """Make the runs and write validation.csv and validation.md."""
+    for seed in seeds:
+        for arm, flags in {"defaults": space.fixed, f"trial-{trial.number}": space.flags(trial)}.items():
+            spec = space.spec(flags, seed, folder / "validation" / arm / f"seed-{seed}")
+            runner.jobs.append(Job(f"{arm}/seed-{seed}", spec, on_gpu=any(runner.free)))
+    runner.work()
+    if (code := runner.report()) or any(job.state != "done" for job in runner.jobs):
+        fail("runs are missing; the same command makes them", code or 1)
+    folders = {(x.folder.parent.name, x.flags["seed"]): x.folder for x in (job.spec for job in runner.jobs)}
+    rows = [{"arm": arm, "seed": seed, "folder": shown(x)} | read_result(x) for (arm, seed), x in folders.items()]
+    table = pd.DataFrame(rows)
+    table.to_csv(folder / "validation.csv", index=False)
+    if table[space.metric].isna().any():
+        fail(f"{space.metric} is missing in some runs: {shown(folder / 'validation.csv')}", code=1)
+    page = report(space, trial, table)
+    (folder / "validation.md").write_text(page)
+    print(f"\n{page}\nwritten: {shown(folder / 'validation.md')} and validation.csv")
+
+
+def report(space: Space, trial: FrozenTrial, table: pd.DataFrame) -> str:
+    """validation.md: the verdict, the flags, and how to use them."""
+    arms = {arm: rows[space.metric].to_numpy(float) for arm, rows in table.groupby("arm")}
+    defaults, tuned = arms.values()  # in the order of the alphabet
+    difference, (low, high) = tuned.mean() - defaults.mean(), stats.difference_interval(defaults, tuned)
+    chance, (least, most) = stats.improvement([tuned], [defaults])
+    p = stats.rank_test(tuned, defaults)
+    verdict = "no difference found" if p > 0.05 else "better" if difference > 0 else "worse"
+    scores = []
+    for arm, x in arms.items():
+        bottom, top = stats.mean_interval(x)
+        spread = f"{np.median(x):.4g} | {x.min():.4g} to {x.max():.4g}"
+        scores.append(f"| {arm} | {len(x)} | **{x.mean():.4g}** [{bottom:.4g}, {top:.4g}] | {spread} |")
+    agent = table[table["arm"] != "defaults"].sort_values("eval_return_mean").iloc[-1]
+    entry = {"script": space.script, "env": space.env, "steps": space.steps}
+    entry["flags"] = {key.replace("_", "-"): x for key, x in (space.fixed | changed(space, trial)).items()}
+    script, nl = shown(space.path), "\n"
+    return f"""# {space.path.stem} on {space.env}: trial {trial.number} against the defaults
+
+**{verdict.capitalize()}**: difference {difference:+.4g} [{low:.4g}, {high:.4g}], rank test p = {p:.3f};
+probability that a run of the trial beats one with the defaults {chance:.2f} [{least:.2f}, {most:.2f}].
+
+| arm | seeds | {space.metric}, mean [95 %] | median | lowest to highest |
+|---|---|---|---|---|
+{nl.join(scores)}
+
+{space.steps:,} steps, seeds from {table["seed"].min()} on. The trial's value in the search was {trial.value:.4g}.
+
+Train with these flags:
+
+    python {script} {shlex.join(space.spec(space.flags(trial), 1).words)}
+
+The best agent of the trial, from seed {agent["seed"]} (evaluation {agent["eval_return_mean"]:.4g}):
+
+    python {script} --evaluate {agent["folder"]}
+
+The entry of a suite:
+
+```toml
+[[entry]]
+{nl.join(f"{key} = {toml(x)}" for key, x in entry.items())}
+```
+"""
