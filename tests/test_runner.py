@@ -11,19 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-from tools import FAKE, ROOT, fake_script, finish, run, until
+from tools import FAKE, ROOT, fake_script, finish, lives, run, until
 
 from benchmark import runner, runs, suites
 from benchmark.runs import Spec
 
 RUN = ROOT / "benchmark" / "run.py"
-
-
-def lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 class House:
