@@ -10,11 +10,12 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
 import pytest
 import yaml
-from loopback_hub import Loopback, call_main, files_in
+from loopback_hub import Loopback, call_main, connect, files_in, starts
 from tools import ROOT, fake_script, until
 
 from benchmark import run as runner
@@ -43,26 +44,23 @@ class Cloud:
             case "run", "get", name, "--json":
                 return json.dumps(self.record(name))
             case "logs", name:
-                return self.log(name).read_text()
+                return (self.path / f"{name}.log").read_text()
             case "stop", "-y", name:
                 self.tasks[name][1].send_signal(signal.SIGTERM)
                 return "Stopped"
 
-    def log(self, name: str) -> Path:
-        return self.path / f"{name}.log"
-
     def start(self, task: dict, folder: Path) -> None:
-        machine = self.path / f"machine-{self.calls.count('apply')}"
+        machine = tempfile.mkdtemp(dir=self.path)
         with tarfile.open(folder / "folio.tgz") as tar:
             tar.extractall(machine, filter="data")
         words = [sys.executable, ROOT / "tests/loopback_hub.py", "cloud.job", "--push-every", "0.005"]
         words += shlex.split(task["commands"][-1])[3:]  # exec python cloud/job.py
-        with self.log(task["name"]).open("w") as log:
-            env = os.environ | {"PYTHONPATH": str(machine)}
-            self.tasks[task["name"]] = task, subprocess.Popen(words, cwd=machine, env=env, stdout=log, stderr=log)
+        with (self.path / f"{task['name']}.log").open("w") as log:
+            pipes = {"stdout": log, "stderr": log, "env": os.environ | {"PYTHONPATH": machine}}
+            self.tasks[task["name"]] = task, subprocess.Popen(words, cwd=machine, **pipes), Path(machine)
 
     def record(self, name: str) -> dict:
-        task, process = self.tasks[name]
+        task, process, _ = self.tasks[name]
         code = process.poll()
         spec = {"run_name": name, "configuration": task | {"env": {}}}
         run = {"run_spec": spec, "submitted_at": "2026-11-29T12:00", "latest_job_submission": {"exit_status": code}}
@@ -75,11 +73,9 @@ def clone(tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "clone"
     for name in ("benchmark", "cloud"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("results", "suites", "*.csv"))
-    for name in ("algos", "docs/plots"):
-        (folder / name).mkdir(parents=True)
+    (folder / "algos").mkdir()
     script = fake_script(folder / "algos")
     (folder / "s.toml").write_text(f'title = "t"\nsteps = 1000\n{ENTRY.format(script, "A-v1", 2)}')
-    (folder / "docs/plots/big.svg").write_text("big")
     (folder / ".gitignore").write_text("ignored\n/runs/\n__pycache__/\n")
     for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
         subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@y", "-C", folder, *words], check=True)
@@ -91,13 +87,11 @@ def clone(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def cloud(clone, tmp_path, monkeypatch):
     found = Cloud(tmp_path)
-    for name, value in {"LOOPBACK_HUB": str(tmp_path), "FOLIO_HUB": "me/dev", "HF_TOKEN": "hf_token"}.items():
-        monkeypatch.setenv(name, value)
-    Loopback(tmp_path).install(monkeypatch.setattr)
+    connect(tmp_path, monkeypatch)
     monkeypatch.setattr(dstack, "call", found.call)
     monkeypatch.setattr(dstack, "LOOK", 0.2)
     yield found
-    for _, process in found.tasks.values():
+    for _, process, _ in found.tasks.values():
         process.kill()
         process.wait()
 
@@ -107,11 +101,6 @@ def main(monkeypatch, capsys):
     return lambda module, *words, code=0: call_main(module, words, monkeypatch, capsys, code)
 
 
-def starts(folder: Path) -> list[int]:
-    """The steps at which a run was started."""
-    return [int(line.split()[0]) for line in (folder / "starts.txt").read_text().splitlines()]
-
-
 def describe(folder: Path) -> str:
     words = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     return subprocess.run(words, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
@@ -119,10 +108,8 @@ def describe(folder: Path) -> str:
 
 @pytest.mark.parametrize("change", ["", "edit", "delete"])
 def test_what_is_packed_is_the_working_tree_and_knows_its_commit(change, clone, tmp_path):
-    for name in ("ignored", "new.py"):
-        (clone / name).touch()
-    if change:
-        (clone / "algos/fake.py").write_text("changed")
+    for name in ("ignored", "new.py", *(["algos/fake.py"] if change else [])):
+        (clone / name).write_text("changed")
     if change == "delete":
         (clone / "algos/fake.py").unlink()
     dstack.pack(tmp_path / "folio.tgz", clone)
@@ -131,7 +118,7 @@ def test_what_is_packed_is_the_working_tree_and_knows_its_commit(change, clone, 
         tar.extractall(tmp_path / "there", filter="data")
     assert describe(tmp_path / "there") == describe(clone) and describe(clone).endswith("-dirty") == bool(change)
     names = {name for name in files_in(tmp_path / "there") if not name.startswith(".git/")}
-    assert {"cloud/job.py", "new.py"} < names and not names & {"ignored", "docs/plots/big.svg"}
+    assert {"cloud/job.py", "new.py"} < names and "ignored" not in names
     assert ("algos/fake.py" in names) == (change != "delete")
 
 
@@ -179,18 +166,15 @@ def test_a_task_is_the_template_and_no_secret_is_in_it():
 @pytest.mark.parametrize(
     "module, words",
     [
-        (dstack, "submit"),
         (dstack, "-- ls"),
         (dstack, "-- python algos/missing.py"),
         (dstack, "-- python benchmark/run.py a b"),
         (dstack, "--template tpu -- python algos/ppo.py"),
         (dstack, "--template cloud/fleet.dstack.yml -- python algos/ppo.py"),
-        (dstack, "--name a --many b -- python algos/ppo.py"),
         (dstack, "-- python algos/ppo.py --run-dir runs/x"),
         (dstack, "list"),
         (job, "../x -- python algos/ppo.py"),
         (job, "x -- python benchmark/run.py"),
-        (hub, "push /elsewhere"),
         (hub, "publish s"),
     ],
 )
@@ -212,8 +196,9 @@ def test_a_command_is_shown_with_prices_submitted_once_and_stopped(cloud, clone,
     state = Loopback(tmp_path).bucket("me/dev") / "s/r"
     until((state / "checkpoint.pt").exists)
     main(dstack, "stop", "s/r")
-    assert cloud.tasks[dstack.task_name("s/r")][1].wait() == 143 and read_json(state / "checkpoint.pt")["step"] == 400
-    assert "algos/fake.py" in main(dstack, "logs", "s/r") and describe(tmp_path / "machine-2") == describe(clone)
+    ((_, process, machine),) = cloud.tasks.values()
+    assert process.wait() == 143 and read_json(state / "checkpoint.pt")["step"] == 400
+    assert "algos/fake.py" in main(dstack, "logs", "s/r") and describe(machine) == describe(clone)
 
 
 def test_a_suite_is_made_in_the_cloud_and_nothing_twice(cloud, clone, main, tmp_path):
@@ -227,7 +212,8 @@ def test_a_suite_is_made_in_the_cloud_and_nothing_twice(cloud, clone, main, tmp_
     assert "cannot make Bad-v1" in Path("runs/s/Bad-v1__fake__1.log").read_text()
     for seed in (1, 2):
         folder = Path("runs/s", f"A-v1__fake__{seed}")
-        assert (folder / "result.json").exists() and read_args(folder)["args"]["seed"] == seed and starts(folder) == [0]
+        assert (folder / "result.json").exists() and read_args(folder)["args"]["seed"] == seed
+        assert len(starts(folder)) == 1
     shutil.rmtree("runs")  # elsewhere, what is finished is pulled
     main(runner, "s.toml", "--backend", "dstack", "--runs-dir", "runs", "--only", "A-v1__fake")
     assert Path("runs/s/A-v1__fake__2/result.json").exists() and cloud.calls.count("apply") == 3
@@ -257,5 +243,4 @@ def test_jobs_outlive_the_runner_are_found_again_and_resumed_after_a_stop(cloud,
     handle = start()
     until(lambda: handle.poll() is not None)
     assert handle.poll() == 0 and cloud.calls.count("apply") == 2
-    first, second = starts(spec.folder)
-    assert first == 0 < second
+    assert [step > 0 for step, _ in starts(spec.folder)] == [False, True]

@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from loopback_hub import Loopback, begin, call_main, files_in, spec
+from loopback_hub import Loopback, begin, call_main, connect, files_in, spec, starts
 from tools import FAKE, ROOT, fake_script, until
 
 from benchmark.runs import read_args, read_json
 from cloud import hub, job
 
 DEV, NAME = "me/dev", "s/A-v1__fake__1"
+JOB = "--runs-dir", "runs", "--push-every", "0.001"
 FLAGS = "--env-id", "A-v1", "--total-timesteps", "1000", "--seed", "1"
 SUITE = """
 title = "t"
@@ -27,11 +28,7 @@ entry = [{ script = "fake.py", env = "A-v1", flags = { pause = 0.05 } }]
 
 @pytest.fixture
 def there(tmp_path, monkeypatch) -> Loopback:
-    (tmp_path / "hub").mkdir()
-    env = {"FOLIO_HUB": DEV, "LOOPBACK_HUB": tmp_path / "hub", "HF_TOKEN": "hf_token", "PYTHONPATH": ROOT}
-    for name, value in env.items():
-        monkeypatch.setenv(name, str(value))
-    return Loopback(tmp_path / "hub")
+    return connect(tmp_path / "hub", monkeypatch)
 
 
 def machine(there: Loopback, script: str = FAKE) -> Path:
@@ -42,22 +39,17 @@ def machine(there: Loopback, script: str = FAKE) -> Path:
     return path
 
 
-def words_of_a_job(name: str, flags, command) -> list[str]:
-    return [name, "--runs-dir", "runs", "--push-every", "0.001", *flags, "--", "python", *map(str, command)]
-
-
 @pytest.fixture
 def work(there, monkeypatch, capfd):
     """A job in this process: its output."""
-    there.install(monkeypatch.setattr)
-    for name, value in {"TICK": 0.02, "RETRY": 0.1}.items():
-        monkeypatch.setattr(job, name, value)
+    monkeypatch.setattr(job, "TICK", 0.02)
+    monkeypatch.setattr(job, "RETRY", 0.1)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def call(path: Path, *words, name: str = NAME, flags=(), code: int = 0) -> str:
         monkeypatch.chdir(path)
         command = words if "--many" in flags else ["fake.py", *FLAGS, *words]
-        return call_main(job, words_of_a_job(name, flags, command), monkeypatch, capfd, code)
+        return call_main(job, [name, *JOB, *flags, "--", "python", *command], monkeypatch, capfd, code)
 
     yield call
     for number, handler in handlers.items():
@@ -66,13 +58,8 @@ def work(there, monkeypatch, capfd):
 
 def start(path: Path, *command, name: str = NAME, flags=()) -> subprocess.Popen:
     """A job in a process of its own."""
-    words = [sys.executable, ROOT / "tests/loopback_hub.py", "cloud.job", *words_of_a_job(name, flags, command)]
+    words = [sys.executable, ROOT / "tests/loopback_hub.py", "cloud.job", name, *JOB, *flags, "--", "python", *command]
     return subprocess.Popen(words, cwd=path)
-
-
-def starts(folder: Path) -> list[list[int]]:
-    """Step and process id of each start of a run."""
-    return [[int(word) for word in line.split()] for line in (folder / "starts.txt").read_text().splitlines()]
 
 
 def is_gone(pid: int) -> bool:
@@ -122,7 +109,8 @@ def test_exit_codes_are_the_commands(there, work):
     assert read_json(there.bucket(DEV) / NAME / "checkpoint.pt")["step"] == 400
     work(machine(there), "--env-id", "Bad-v1", name="bad", code=2)
     assert not [x for x in files_in(there.bucket(DEV)) if x.startswith("bad")]
-    work(machine(there), "-c", "import os; os.kill(os.getpid(), 9)", name="x", flags=["--many"], code=137)
+    code = "import os; print(os.environ, flush=True); os.kill(os.getpid(), 9)"
+    assert "FOLIO_HUB" in work(machine(there), "-c", code, name="x", flags=["--many"], code=137)  # and not the token
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -158,7 +146,3 @@ def test_many_runs_are_resumed_on_another_machine_and_none_is_made_twice(there):
     assert begun[0] == begun[2] == [0] and len(begun[1]) == 2 and begun[1][1] > 0
     assert {Path(path).suffix for path in files_in(there.bucket(DEV))} == {".log"}
     assert (there.root / "commits").read_text() == "3 runs\n"
-
-
-def test_the_command_does_not_get_the_token(there, work):
-    assert "FOLIO_HUB" in work(machine(there), "-c", "import os; print(os.environ)", name="x", flags=["--many"])

@@ -54,8 +54,7 @@ def cloud(start):
     """cloud/dstack.py as a user starts it: its output. An error is one line."""
 
     def call(*words, code: int = 0, **changes) -> str:
-        process = start("cloud.dstack", *words, **changes)
-        out, err = process.communicate()
+        out, err = (process := start("cloud.dstack", *words, **changes)).communicate()
         assert process.returncode == code and err.count("\n") == bool(code) and "hf_token" not in out + err, (out, err)
         return out
 
@@ -63,24 +62,19 @@ def cloud(start):
     return call
 
 
-@pytest.mark.parametrize(
-    "words, asked",
-    [
-        ("--template cpu", "cpu=x86:2.. mem=4GB.. disk=20GB.. gpu=0"),
-        ("--template gpu", "cpu=x86:4.. mem=16GB.. disk=40GB.. gpu=nvidia:16GB..80GB:1"),
-        ("--template gpus", "cpu=x86:16.. mem=64GB.. disk=100GB.. gpu=nvidia:16GB..80GB:4"),
-        ("--cpu 8.. --memory 20GB.. --gpu 24GB:1", "cpu=x86:8.. mem=20GB.. disk=20GB.. gpu=nvidia:24GB:1"),
-    ],
-)
-def test_a_plan_shows_what_a_template_and_flags_ask_for(words, asked, cloud):
-    assert asked in cloud("submit", "--dry-run", *words.split(), *SCRIPT)
-
-
-def test_what_dstack_refuses_is_one_line(cloud, tmp_path):
-    cloud("submit", "--dry-run", "--max-price", "-1", *SCRIPT, code=2)
+def test_a_plan_shows_what_is_asked_for_and_what_dstack_refuses_is_one_line(cloud, tmp_path):
+    plans = {
+        "--template cpu": "cpu=x86:2.. mem=4GB.. disk=20GB.. gpu=0",
+        "--template gpu": "cpu=x86:4.. mem=16GB.. disk=40GB.. gpu=nvidia:16GB..80GB:1",
+        "--template gpus": "cpu=x86:16.. mem=64GB.. disk=100GB.. gpu=nvidia:16GB..80GB:4",
+        "--cpu 8.. --memory 20GB.. --gpu 24GB:1": "cpu=x86:8.. mem=20GB.. disk=20GB.. gpu=nvidia:24GB:1",
+    }
+    for words, asked in plans.items():
+        assert asked in cloud("submit", "--dry-run", *words.split(), *SCRIPT)
     task = yaml.safe_load((dstack.HERE / "cpu.dstack.yml").read_text())
     (tmp_path / "typo.yml").write_text(yaml.safe_dump(task | {"gpus": 1}))
-    cloud("submit", "--dry-run", "--template", tmp_path / "typo.yml", *SCRIPT, code=2)
+    for words in (["--max-price", "-1"], ["--template", tmp_path / "typo.yml"]):
+        cloud("submit", "--dry-run", *words, *SCRIPT, code=2)
     cloud("stop", "test/none", code=2)
     cloud("list", code=2, HOME=str(tmp_path))  # no login
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from loopback_hub import Loopback, begin, call_main, files_in, spec
+from loopback_hub import Loopback, begin, call_main, connect, files_in, spec
 from tools import FAKE, finish
 
 from benchmark.runs import difference, progress, read_json, read_result
@@ -17,10 +17,7 @@ DEV, PUBLIC = "me/dev", "me/public"
 
 @pytest.fixture
 def there(tmp_path, monkeypatch) -> Loopback:
-    for name, value in {"FOLIO_HUB": DEV, "FOLIO_HUB_PUBLIC": PUBLIC, "HF_TOKEN": "hf_token"}.items():
-        monkeypatch.setenv(name, value)
-    (tmp_path / "hub").mkdir()
-    return Loopback(tmp_path / "hub").install(monkeypatch.setattr)
+    return connect(tmp_path / "hub", monkeypatch)
 
 
 @pytest.fixture
@@ -62,7 +59,7 @@ def test_a_pull_replaces_nothing_that_is_better(there, main, tmp_path):
     assert read_result(here / "s/both")["final_return"] == 5.0
 
 
-def test_what_is_damaged_or_hidden_is_not_taken(there, main, tmp_path):
+def test_what_is_damaged_or_hidden_or_cannot_be_reached_is_not_taken(there, main, tmp_path):
     finish(spec(tmp_path, "runs/s/A__fake__1"))
     main("push", tmp_path / "runs/s", "--runs-dir", tmp_path / "runs")
     (there.root / "corrupt").touch()
@@ -71,6 +68,8 @@ def test_what_is_damaged_or_hidden_is_not_taken(there, main, tmp_path):
     (there.bucket(DEV) / "s/.ssh").mkdir(parents=True)
     (there.bucket(DEV) / "s/.ssh/args.json").touch()
     assert [x.name for x in hub.Hub(DEV).find()] == ["s/A__fake__1"]
+    (there.root / "down").touch()
+    assert main("list", code=1).startswith("error: ") and hub.reason(OSError("bad\n hf_token")) == "bad ***"
 
 
 @pytest.mark.parametrize("change", [{}, {"learning_rate": 0.1}], ids=["same", "other"])
@@ -137,10 +136,10 @@ def test_publishing_copies_clean_runs_and_keeps_a_table_and_a_card(there, main, 
         if "dirty" in name:
             about.write_text(json.dumps(read_json(about) | {"commit": "0-dirty"}))
     main("push", runs, "--runs-dir", runs)
-    main("publish", "s", "--dry-run")
+    main("publish", "s", "--target", PUBLIC, "--dry-run")
     assert not there.repository(PUBLIC).exists()
     for suite in ("s", "t"):
-        main("publish", suite)
+        main("publish", suite, "--target", PUBLIC)
     table = pd.read_csv(there.repository(PUBLIC) / "runs.csv")
     assert list(table.run) == ["s/A__fake__1", "s/A__fake__2", "t/A__fake__1"] and set(table.script) == {"fake"}
     assert list(table.eval_return_mean) == [10, 20, 30] and (there.root / "me-public.public").exists()
@@ -149,9 +148,3 @@ def test_publishing_copies_clean_runs_and_keeps_a_table_and_a_card(there, main, 
     assert card.startswith("---\n") and "| A-v1 | fake | 3 |" in card and "| 20.0 |" in card
     main("pull", "s", "--repo", PUBLIC, "--runs-dir", tmp_path / "here")
     assert (tmp_path / "here/s/A__fake__1/fake.py").read_text() == FAKE
-
-
-def test_errors_of_the_hub_are_one_line_without_the_token(there, main):
-    (there.root / "down").touch()
-    assert main("list", code=1).startswith("error: ")
-    assert hub.reason(OSError("bad\n  token hf_token")) == "bad token ***"

@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from tools import FAKE, ROOT, fake_script, finish, lives, run, until
+from tools import FAKE, ROOT, fake_script, lives, run, until
 
 from benchmark import runner, runs, suites
-from benchmark.runs import Spec
 
 RUN = ROOT / "benchmark" / "run.py"
 
@@ -198,12 +198,12 @@ def test_no_process_outlives_a_killed_runner(house):
 
 
 def test_killed_three_times_the_results_are_the_same(house):
-    house.suite(*[{"pause": 0.02}] * 3, seeds=3)
+    house.suite(*[{"pause": 0.04}] * 3, seeds=3)
     finished = {}
     for _ in range(3):
         begun = len(house.starts())
         process = house.start("--jobs", 3)
-        until(lambda begun=begun: len(house.starts()) > begun)
+        until(lambda begun=begun: len(house.starts()) > begun or len(house.results()) == 9)
         time.sleep(random.uniform(0, 0.6))
         process.kill()
         process.wait()
@@ -290,18 +290,13 @@ def machine(monkeypatch, tmp_path, visible: str | None, gpus: int = 0) -> None:
         ("4,5", ("1",), ["5"]),  # the second of those that this process may use
         ("4,5", ("GPU-abc",), ["GPU-abc"]),
         ("", (), []),
+        ("4,5", ("2",), None),
     ],
 )
 def test_gpus_are_those_that_this_process_sees(monkeypatch, tmp_path, visible, wanted, found):
     machine(monkeypatch, tmp_path, visible, gpus=2)
-    assert runner.find_gpus(wanted) == found
-
-
-def test_a_gpu_that_does_not_exist_is_one_line(monkeypatch, tmp_path, capsys):
-    machine(monkeypatch, tmp_path, "4,5")
-    with pytest.raises(SystemExit):
-        runner.find_gpus(("2",))
-    assert capsys.readouterr().err.startswith("error: ")
+    with nullcontext() if found is not None else pytest.raises(SystemExit, match="2"):
+        assert runner.find_gpus(wanted) == found
 
 
 @pytest.mark.parametrize(
@@ -354,14 +349,6 @@ def test_time_left_is_judged_by_the_runs_so_far(house):
     jobs[1].state, jobs[1].step, jobs[1].seconds = "running", 500, 5.0
     assert "0:00:12" in runner.time_left(jobs, 2)  # (5 + 10 + 10) / 2 seconds
     assert "0:00:10" in runner.time_left(jobs, 9)
-
-
-def test_a_finished_folder_is_not_run(house):
-    house.suite(seeds=1)
-    job = house.job()
-    finish(Spec(job.spec.script, job.spec.flags, job.spec.folder))
-    house.run()
-    assert not house.starts()
 
 
 @pytest.mark.slow
