@@ -45,26 +45,31 @@ ENDED = "terminated", "failed", "done"  # dstack's final statuses
 LEFT_OUT = "docs/plots/", "benchmark/results/", "runs/"  # large, and no run reads them; dstack takes 2 MB of code
 LOOK, TIMEOUT = 30.0, 300.0  # seconds between looks at all jobs, and until a dstack that does not answer is given up
 PATIENCE = 120  # looks that fail in a row before a job counts as lost
+CHANGES = "cpu", "memory", "gpu", "disk", "spot_policy", "max_price", "max_duration"  # of a template, by flags
 
 
 # -------------------------------------------------------------------------------------------------- dstack's own CLI
 
 
-def call(*words: str, cwd: Path | None = None, stdin: str | None = None) -> str:
-    """What `dstack WORDS` prints; an OSError if it fails."""
+def execute(*command, stdin: str = "", **options) -> str:
+    """What a command prints; an OSError if it fails."""
+    options |= {"input": stdin, "timeout": TIMEOUT, "start_new_session": True}  # Ctrl-C is meant for us alone
+    try:
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True, **options)
+    except subprocess.TimeoutExpired:
+        raise OSError(f"{Path(command[0]).name} {command[1]}: no answer for {TIMEOUT:g} seconds")
+    if done.returncode:
+        raise OSError(f"{Path(command[0]).name} {command[1]} failed: {(done.stdout + done.stderr)[-350:]}")
+    return done.stdout
+
+
+def call(*words, **options) -> str:
+    """What `dstack WORDS` prints."""
     path = shutil.which(os.environ.get("FOLIO_DSTACK", "dstack"))
     if not path:
         raise OSError("the dstack CLI is not installed: uv tool install 'dstack>=0.22,<0.23'")
-    env = os.environ | {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb", "HF_TOKEN": get_token() or ""}
-    feed = {"stdin": subprocess.DEVNULL} if stdin is None else {"input": stdin}
-    try:
-        apart = {"start_new_session": True, "timeout": TIMEOUT}  # a Ctrl-C that is meant for us must not interrupt it
-        done = subprocess.run([path, *words], cwd=cwd, env=env, capture_output=True, text=True, **feed, **apart)
-    except subprocess.TimeoutExpired:
-        raise OSError(f"dstack {words[0]}: no answer for {TIMEOUT:g} seconds")
-    if done.returncode:
-        raise OSError(f"dstack {words[0]} failed: {(done.stdout + done.stderr)[-350:]}")
-    return done.stdout
+    plain = {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb", "HF_TOKEN": get_token() or ""}
+    return execute(path, *words, env=os.environ | plain, **options)
 
 
 def active() -> dict[str, dict]:
@@ -111,8 +116,7 @@ def name_job(command: list[str]) -> tuple[str, bool, list[str]]:
 
 def find_template(template: str, command: list[str]) -> Path:
     if template == "auto":
-        scripts = [Path(word).stem for word in command if word.endswith(".py")]
-        template = "gpu" if any(x.endswith("_atari") for x in scripts) or "cuda" in command else "cpu"
+        template = "gpu" if any(Path(word).stem.endswith(("atari", "cuda")) for word in command) else "cpu"
     path = Path(template) if template.endswith((".yml", ".yaml")) else HERE / f"{template}.dstack.yml"
     if not path.is_file():
         raise OSError(f"no template {template}; there are cpu, gpu, and gpus, or give the path of a .yml file")
@@ -140,44 +144,32 @@ def make_task(template: Path, name: str, command: list[str], repo: str, many: bo
             resources["cpu"] = at_least(threads, resources.get("cpu"))
         for key, value in changes.items():
             if value is not None:
-                (resources if key in ("cpu", "memory", "gpu", "disk") else task)[key] = value
+                (resources if key in CHANGES[:4] else task)[key] = value
         return task
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise OSError(f"template {template} cannot be used: {' '.join(str(error).split())}")
 
 
-def git(*words, cwd: Path) -> str:
-    done = subprocess.run(["git", *map(str, words)], cwd=cwd, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise OSError(f"git {words[0]} fails in {cwd}: {' '.join(done.stderr.split())}")
-    return done.stdout
-
-
-def own_by_root(info: tarfile.TarInfo) -> tarfile.TarInfo:
-    """git refuses a repository of another user."""
-    return info.replace(uid=0, gid=0, uname="root", gname="root", deep=False)
-
-
-def pack(target: Path, root: Path = ROOT) -> None:
+def pack(target: Path, root: Path) -> None:
     """The working tree as a .tgz: what git tracks or does not ignore, and of .git the commit and its trees, without
     any file's content, which `git describe --dirty` does not need."""
-    listed = git("ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=root).split("\0")
+    listed = execute("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=root).split("\0")
     names = [name for name in listed if name and not name.startswith(LEFT_OUT) and (root / name).is_file()]
     with tempfile.TemporaryDirectory(prefix="folio-") as temporary:
         bare, upload = Path(temporary) / "folio", "git -c uploadpack.allowFilter=true upload-pack"
         shallow = ["--depth=1", "--filter=blob:none", "--no-checkout", "--no-tags", f"--upload-pack={upload}"]
-        git("clone", "-q", *shallow, root.resolve().as_uri(), bare, cwd=root)
-        git("read-tree", "HEAD", cwd=bare)
-        tracked = git("ls-files", "-z", cwd=bare).split("\0")
+        execute("git", "clone", "-q", *shallow, root.resolve().as_uri(), bare)
+        execute("git", "read-tree", "HEAD", cwd=bare)
+        tracked = execute("git", "ls-files", "-z", cwd=bare).split("\0")
         if absent := [name for name in tracked if name.startswith(LEFT_OUT)]:
-            git("update-index", "--skip-worktree", *absent, cwd=bare)
-        git("remote", "remove", "origin", cwd=bare)
+            execute("git", "update-index", "--skip-worktree", *absent, cwd=bare)
+        execute("git", "remote", "remove", "origin", cwd=bare)
         with tarfile.open(target, "w:gz") as tar:
             for path, name in [(bare / ".git", ".git"), *((root / name, name) for name in names)]:
-                tar.add(path, name, filter=own_by_root)
+                tar.add(path, name, filter=lambda x: x.replace(uid=0, gid=0, uname="root", gname="root", deep=False))
 
 
-def apply(folder: Path, task: dict, *flags: str, stdin: str | None = None) -> str:
+def apply(folder: Path, task: dict, *flags: str, stdin: str = "") -> str:
     """`dstack apply` of a task in a folder that has folio.tgz; what it prints, without the question and the answer."""
     file = f"{task['name']}.dstack.yml"
     (folder / file).write_text(json.dumps(task, indent=2))  # JSON is YAML
@@ -198,7 +190,7 @@ class Dstack:
         try:
             self.active()  # the CLI is there, the server answers, the login is valid
             self.hub.create()  # what is wrong with the token shows here, not on a machine that costs
-            pack(Path(self.temporary.name) / "folio.tgz")
+            pack(Path(self.temporary.name) / "folio.tgz", ROOT)
         except ERRORS as error:
             fail(reason(error))
 
@@ -313,22 +305,21 @@ class Submit:
 
     def run(self) -> None:
         name, many, command = self.many or self.name, bool(self.many), list(self.command)
-        if not command or self.many and self.name:
-            fail(
-                "no command; it follows --" if not command else "--many names the folder of the runs; leave out --name"
-            )
+        if not command:
+            fail("no command; it follows --")
         if not name:
             name, many, command = name_job(command)
+        elif self.name and (many or not makes_a_run(ROOT / command[find_script(command)])):
+            fail("--name is for a script that writes a run folder; for a command that makes many runs there is --many")
         check_name(name)
         if not many and flags_of(command).keys() & {"run_dir", "resume", "evaluate"}:
             fail("a job names the run folder and resumes by itself; leave out --run-dir, --resume, and --evaluate")
         hub = open_hub(self.repo)
-        keys = "cpu", "memory", "gpu", "disk", "spot_policy", "max_price", "max_duration"
-        changes = {key: getattr(self, key) for key in keys}
+        changes = {key: value for key, value in vars(self).items() if key in CHANGES}
         task = make_task(find_template(self.template, command), name, command, hub.repo, many, **changes)
         with tempfile.TemporaryDirectory(prefix="folio-") as temporary:
             folder = Path(temporary)
-            pack(folder / "folio.tgz")
+            pack(folder / "folio.tgz", ROOT)
             if self.dry_run:
                 print(apply(folder, task, stdin="n\n"))
             elif run := active().get(task["name"]):
@@ -337,7 +328,7 @@ class Submit:
                 hub.create()  # what is wrong with the token shows here, not on a machine that costs
                 print(apply(folder, task, "-y", "-d"))
                 print(f"python cloud/dstack.py logs {task['name']}     # or stop {task['name']}")
-                print(f"python cloud/hub.py pull {name} --repo {hub.repo}")
+                print(f"python cloud/hub.py pull {name} --repo {hub.repo}{' --unfinished' if many else ''}")
 
 
 def list_jobs() -> None:

@@ -22,7 +22,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import httpx2
 import pandas as pd
@@ -62,7 +61,7 @@ class Remote:
     """A run on the Hub; or another file in the bucket, whose name is its path."""
 
     name: str
-    files: dict[str, Any]  # RepoFile or BucketFile by path
+    files: dict  # RepoFile or BucketFile by path
     in_bucket: bool
 
     @property
@@ -122,7 +121,8 @@ class Hub:
                 new, here = (bucket if remote.in_bucket else repository) / remote.name, runs_dir / remote.name
                 if read_result(here) or not accept(new):
                     continue
-                if here.exists() and (read_result(new) or length(new) > length(here)):
+                length = [progress(x)[0] if x.is_dir() else x.stat().st_size for x in (here, new) if x.exists()]
+                if here.exists() and (read_result(new) or length[0] < length[1]):  # logs and journals only grow
                     move_aside(here)
                 if not here.exists():
                     here.parent.mkdir(parents=True, exist_ok=True)
@@ -163,11 +163,6 @@ class Hub:
             self.api.batch_bucket_files(self.repo, delete=gone)
 
 
-def length(path: Path) -> int:
-    """How far a run is, or how long another file: logs and journals only grow."""
-    return progress(path)[0] if path.is_dir() else path.stat().st_size
-
-
 def finished_below(runs_dir: Path, name: str) -> list[str]:
     """Names of the finished runs that are runs_dir/name or below it, without those that were moved aside."""
     found = {x.parent.relative_to(runs_dir).as_posix(): x.parent for x in (runs_dir / name).rglob("args.json")}
@@ -175,31 +170,28 @@ def finished_below(runs_dir: Path, name: str) -> list[str]:
 
 
 def freeze(runs_dir: Path, name: str, stage: Path) -> dict[str, Path]:
-    """Copy what is to be uploaded, {path below runs_dir: copy}, while the runs continue.
+    """Copy what is to be uploaded, while the runs continue: {path below runs_dir: copy}.
 
-    Checkpoints come first: logs only grow, so their copies have every row that a checkpoint counts on. If files appear
-    or vanish in a folder, because its run has just ended, it is copied again.
+    Checkpoints come first: logs only grow, so their copies have every row that a checkpoint counts on. A folder whose
+    files have changed in the meantime, because its run has just ended, is copied again.
     """
+
+    def listed(folder: str) -> dict[str, Path]:
+        paths = {path.relative_to(runs_dir).as_posix(): path for path in Path(folder).iterdir() if not path.is_dir()}
+        skip = {"checkpoint.pt"} if any(path.name == "result.json" for path in paths.values()) else set()
+        wanted = [x for x, path in paths.items() if NAME.fullmatch(x) and path.name not in skip]
+        return {x: paths[x] for x in wanted if not any(fnmatchcase(x, pattern) for pattern in LOCAL)}
+
     files = {}
-
-    def listed(folder: str) -> set[Path]:
-        paths = {path for path in Path(folder).iterdir() if not any(fnmatchcase(path.as_posix(), x) for x in LOCAL)}
-        is_finished = any(path.name == "result.json" for path in paths)
-        return {path for path in paths if not path.is_dir() and not (is_finished and path.name == "checkpoint.pt")}
-
     for folder, _, _ in os.walk(runs_dir / name):
-        before, now, copies = None, listed(folder), {}
-        while before != now:
+        paths = None
+        while paths != (paths := listed(folder)):
             with suppress(FileNotFoundError):
-                copies = {path.relative_to(runs_dir).as_posix(): path for path in now}
-                copies = {x: path for x, path in copies.items() if NAME.fullmatch(x)}
-                for x, path in sorted(copies.items(), key=lambda item: item[1].name != "checkpoint.pt"):
-                    copies[x] = stage / x
-                    copies[x].parent.mkdir(parents=True, exist_ok=True)
-                    copies[x].unlink(missing_ok=True)
-                    (os.link if path.suffix == ".pt" else shutil.copy2)(path, copies[x])  # replaced as a whole
-            before, now = now, listed(folder)
-        files |= copies
+                for x, path in sorted(paths.items(), key=lambda item: item[1].name != "checkpoint.pt"):
+                    (stage / x).parent.mkdir(parents=True, exist_ok=True)
+                    (stage / x).unlink(missing_ok=True)
+                    (os.link if path.name == "checkpoint.pt" else shutil.copy2)(path, stage / x)
+        files |= {x: stage / x for x in paths}
     return files
 
 
@@ -208,10 +200,7 @@ def card(table: pd.DataFrame, repo: str) -> str:
     means = table.groupby(["env_id", "script"], as_index=False)
     means = means.agg(seeds=("seed", "count"), training=("final_return", "mean"), score=("eval_return_mean", "mean"))
     rows = [f"| {x.env_id} | {x.script} | {x.seeds} | {x.training:.1f} | {x.score:.1f} |" for x in means.itertuples()]
-    about, lines = (
-        ModelCardData(license="mit", library_name="pytorch", tags=["reinforcement-learning"]),
-        "\n".join(rows),
-    )
+    lines, about = "\n".join(rows), ModelCardData(license="mit", tags=["reinforcement-learning"])
     run, script = table.iloc[0][["run", "script"]]
     return f"""---
 {about.to_yaml()}

@@ -24,7 +24,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +60,7 @@ def find_script(command: list[str]) -> int:
 
 def makes_a_run(script: Path) -> bool:
     """Whether a script writes a run folder, which the job may name."""
-    return "run_dir" in defaults(script.read_text())
+    return "run_dir" in defaults(script.read_text()) if script.exists() else fail(f"there is no script {script}")
 
 
 def prepare(hub: Hub, args: Args, command: list[str]) -> list[str]:
@@ -84,8 +83,8 @@ def prepare(hub: Hub, args: Args, command: list[str]) -> list[str]:
     return spec.resume_command() if folder.exists() else [*command, "--run-dir", str(folder)]
 
 
-def patiently(attempt: Callable, minutes: float, stops: list[int]):
-    """Call `attempt` until it succeeds, for so many minutes, and only a few when somebody waits for the end."""
+def patiently(attempt, minutes: float, stops: list[int]):
+    """Call `attempt` until it succeeds, for so many minutes, and only a few when the job is to stop."""
     began = time.monotonic()
     while True:
         try:
@@ -99,7 +98,7 @@ def patiently(attempt: Callable, minutes: float, stops: list[int]):
 
 
 def start(command: list[str]) -> tuple[subprocess.Popen, subprocess.Popen]:
-    """Start the command, which ends with this process, and a cat that prints its output, so that it sees no terminal."""
+    """Start the command, which ends with this process, and a cat that prints its output: it sees no terminal."""
     parent = os.getpid()
 
     def die_with_parent() -> None:
@@ -165,9 +164,9 @@ def main() -> None:
     hub = open_hub(args.repo)
     disable_progress_bars()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if not args.many and not makes_a_run(script := Path(command[find_script(command)])):
+        fail(f"{script} has no --run-dir; --many is for commands that make many runs")
     try:
-        if not args.many and not makes_a_run(script := Path(command[find_script(command)])):
-            fail(f"{script} has no --run-dir; --many is for commands that make many runs")
         begun = patiently(lambda: prepare(hub, args, command), args.patience, [])
     except (Exception, KeyboardInterrupt) as error:
         fail(f"nothing was started: {reason(error)}", code=130 if isinstance(error, KeyboardInterrupt) else 1)

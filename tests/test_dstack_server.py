@@ -41,8 +41,8 @@ def start(tmp_path_factory):
         return subprocess.Popen(command, cwd=ROOT, env=env | changes, stdout=-1, stderr=-1, text=True)
 
     try:
-        until((path / ".dstack/config.yml").exists)
-        until(lambda: start("cloud.dstack", "list").wait() == 0)
+        until((path / ".dstack/config.yml").exists, 300)
+        until(lambda: start("cloud.dstack", "list").wait() == 0, 300)
         yield start
     finally:
         server.terminate()
@@ -83,16 +83,16 @@ def test_a_job_is_submitted_once_retried_and_stopped(cloud):
     for _ in range(2):
         cloud("--name", "test/a", *SCRIPT)
     assert cloud("list").count("test/a") == 1
-    until(lambda: "retrying" in cloud("list"))  # no capacity is no reason to give up
+    until(lambda: "retrying" in cloud("list"), 300)  # no capacity is no reason to give up
     cloud("logs", "test/a")
     cloud("stop", "test/a")
-    until(lambda: "terminated" in cloud("list"))
+    until(lambda: "terminated" in cloud("list"), 300)
 
 
 def test_the_runner_waits_for_machines_and_ctrl_c_gives_its_jobs_up(start, cloud, tmp_path):
     words = "smoke", "--only", "ppo", "--seeds", "1", "--backend", "dstack", "--runs-dir", tmp_path
     runner = start("benchmark.run", *words)
-    until(lambda: any("retrying" in path.read_text() for path in tmp_path.rglob("*.log")))
+    until(lambda: any("retrying" in path.read_text() for path in tmp_path.rglob("*.log")), 300)
     runner.send_signal(signal.SIGINT)
     assert runner.wait() == 130
-    until(lambda: "smoke" in (listed := cloud("list")) and "retrying" not in listed)
+    until(lambda: "smoke" in (listed := cloud("list")) and "retrying" not in listed, 300)
