@@ -329,15 +329,6 @@ def test_greedy_actions(script, rng):
     assert agent.act(obs).tolist() == [row.index(max(row)) for row in agent(obs).tolist()]
 
 
-@pytest.mark.parametrize(
-    "start, end, duration, expected",
-    [(1, 0.1, 0.5, [1, 0.91, 0.55, 0.1, 0.1]), (0.4, 1, 1, [0.4, 0.43, 0.55, 0.7, 1]), (1, 0, 0, [0] * 5)],
-)
-def test_linear_schedule(start, end, duration, expected):
-    values = [load("dqn").linear_schedule(start, end, duration, t) for t in (0, 0.05, 0.25, 0.5, 1)]
-    assert values == pytest.approx(expected)
-
-
 # ------------------------------------------------------------------------------------------------------ what a run does
 
 

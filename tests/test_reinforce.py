@@ -5,8 +5,7 @@ import pytest
 import torch
 from conftest import episodes, load, make_agent
 from environments import Counter
-from test_ppo import gradients, policy, truth
-from torch.distributions import Categorical
+from test_ppo import policy, truth
 
 reinforce = load("reinforce")
 
@@ -43,20 +42,6 @@ def test_loss_is_the_sum_of_its_parts(norm_adv, rows, baseline, rng):
     torch.testing.assert_close(loss, total)
     torch.testing.assert_close(metrics, {name: x.detach() for name, x in expected.items()})
     assert baseline == any(name.startswith("critic") for name in agent.state_dict())
-
-
-@pytest.mark.parametrize("level", [0.0, 7.0])
-def test_gradient_is_that_of_the_expected_return(level, rng):
-    """One step, four actions with known pay: the mean over the actions is minus the gradient of the expected return,
-    and a baseline does not change it."""
-    pay, obs = torch.tensor([1.0, -2.0, 0.5, 3.0]), torch.tensor([[0.2, -0.4, 0.7]])
-    agent, args = make_agent("reinforce", norm_adv=False, ent_coef=0.0, vf_coef=0.0)
-    agent.actor[-1].bias.data.copy_(torch.tensor([0.3, -0.2, 0.5, 0.0]))
-    probabilities, total = Categorical(logits=agent.actor(obs)).probs[0], 0.0
-    for action, p in enumerate(probabilities.detach()):
-        batch = obs, torch.tensor([action]), pay[[action]] - level, pay[[action]]
-        total = total + p * reinforce.reinforce_loss(agent, args, *batch)[0]
-    torch.testing.assert_close(gradients(total, agent), gradients(-(probabilities @ pay), agent), atol=1e-6, rtol=1e-4)
 
 
 # ------------------------------------------------------------------------------- the data against what really happened

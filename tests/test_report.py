@@ -233,12 +233,3 @@ def test_a_part_does_not_replace_the_whole(call, tmp_path, monkeypatch, words):
     monkeypatch.chdir(tmp_path)
     done = call("--no-collect", *words)
     assert done.code == 2 and done.err.count("\n") == 1 and contents(tmp_path) == {}
-
-
-def test_reference_scores_are_well_formed():
-    reference = pd.read_csv(results.REFERENCE, keep_default_na=False)
-    assert len(reference) > 500 and pd.to_numeric(reference["score"]).notna().all()
-    assert (reference["metric"].isin(report.METRICS) | reference["algo"].isin(["random", "human"])).all()
-    assert (reference["source_file"] != "").all() and not reference.duplicated().any()
-    random = reference[(reference["algo"] == "random") & (reference["source"] == "SLM-Lab")]
-    assert {entry.env for suite in report.chosen(report.Args()) for entry in suite.entries} <= set(random["env_id"])

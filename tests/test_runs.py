@@ -121,12 +121,6 @@ def test_trailing_means_equal_their_definition():
         assert np.isnan(value) if len(ended) == 0 else value == pytest.approx(ended.mean())
 
 
-def test_folders_are_moved_aside_one_after_another(tmp_path):
-    for number in (1, 2):
-        (tmp_path / "run").mkdir()
-        assert runs.move_aside(tmp_path / "run") == tmp_path / f"run.old-{number}"
-
-
 def test_a_lock_is_held_once_and_dies_with_its_process(tmp_path):
     path = tmp_path / "folder" / "x.lock"
     first = runs.take_lock(path)
