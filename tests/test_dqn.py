@@ -17,7 +17,8 @@ from torch.nn.utils import parameters_to_vector
 
 REPLAY, PER, SAC = having("ReplayBuffer"), having("SumTree"), having("Critics")
 DQN = [name for name in REPLAY if name not in SAC]
-LOSSES = {name: loss for loss in ("double_dqn_loss", "dqn_loss", "critic_loss", "sac_loss") for name in having(loss)}
+NAMES = "double_dqn_loss", "dqn_loss", "qr_dqn_loss", "critic_loss", "sac_loss"
+LOSSES = {name: loss for loss in NAMES for name in having(loss)}
 
 NEVER = 10**9  # a frequency that is never reached
 

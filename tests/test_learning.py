@@ -24,6 +24,8 @@ OWN_PROBE_FLAGS = {  # on top, for scripts that learn in another rhythm
     "reinforce": {"episodes_per_update": 8, "baseline": True, "learning_rate": 1e-2},
     "dqn": TARGET_NETWORK,
     "dqn_per": TARGET_NETWORK,
+    "qr_dqn": TARGET_NETWORK,
+    "pqn": EPSILON,
 }
 
 GOALS = {"CartPole-v1": 195, "Pendulum-v1": -400, "InvertedPendulum-v5": 300}  # mean return of 20 training episodes
@@ -38,14 +40,18 @@ def test_learning_rate_and_gradient_norm(script, anneal_lr, train, monkeypatch):
     """Five updates: the first has the full learning rate, the last a positive one; no gradient is too long."""
     rates, norms = [], []
 
-    class Adam(torch.optim.Adam):
-        def step(self):
-            parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-            norms.append(torch.nn.utils.get_total_norm([p.grad for p in parameters]).item())
-            rates.extend(group["lr"] for group in self.param_groups)
-            super().step()
+    def watched(optimizer: type) -> type:
+        class Watched(optimizer):
+            def step(self):
+                parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+                norms.append(torch.nn.utils.get_total_norm([p.grad for p in parameters]).item())
+                rates.extend(group["lr"] for group in self.param_groups)
+                super().step()
 
-    monkeypatch.setattr(torch.optim, "Adam", Adam)
+        return Watched
+
+    for name in ("Adam", "RAdam"):
+        monkeypatch.setattr(torch.optim, name, watched(getattr(torch.optim, name)))
     flags = {"num_envs": 2, "num_steps": 1, "num_minibatches": 1, "update_epochs": 1, "total_timesteps": 10}
     flags |= {"learning_starts": 0, "train_frequency": 2, "gradient_steps": 1, "max_grad_norm": 1e-3}
     if script == "reinforce":  # episodes of 3 steps

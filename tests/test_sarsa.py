@@ -68,9 +68,10 @@ def test_exploration_ends_in_the_best_action(rng, exploration, amount):
     assert agent.sample(obs, exploration, amount).tolist() == agent.act(obs).tolist() == best
 
 
-def test_hidden_layers_are_normalized():
+@pytest.mark.parametrize("script", ["sarsa", "pqn"])
+def test_hidden_layers_are_normalized(script):
     """Q does not depend on how large the features have become."""
-    agent, _ = make_agent("sarsa")
+    agent, _ = make_agent(script)
     obs = torch.randn(20, 3)
     before = agent(obs)
     for layer in [layer for layer in agent.network if isinstance(layer, torch.nn.Linear)][:2]:
