@@ -8,7 +8,7 @@
 """Parallelized Q-network (PQN) for vector observations and discrete actions: DQN without replay and target network.
 
     uv run pqn.py                                         # CartPole-v1; or: python pqn.py
-    uv run pqn.py --q-lambda 0 --num-envs 128             # --help lists all flags
+    uv run pqn.py --q-lambda 0.95 --num-envs 32           # --help lists all flags
     uv run pqn.py --resume runs/CartPole-v1__pqn__1__...
     uv run pqn.py --evaluate runs/CartPole-v1__pqn__1__... --video
 
@@ -65,7 +65,7 @@ class Args:
     learning_rate: float = 1e-3  # initial learning rate of RAdam
     anneal_lr: bool = True  # anneal the learning rate linearly to 0
     gamma: float = 0.99  # discount factor
-    q_lambda: float = 0.95  # lambda of Q(lambda): 0 is one-step Q-learning, 1 sums the rewards of the whole rollout
+    q_lambda: float = 0.65  # lambda of Q(lambda): 0 is one-step Q-learning, 1 sums the rewards of the whole rollout
     num_minibatches: int = 8  # minibatches per epoch
     update_epochs: int = 4  # epochs per rollout (K)
     start_e: float = 1.0  # initial epsilon: the probability of a random action
