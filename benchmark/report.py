@@ -36,6 +36,7 @@ METRICS = {  # in reference.csv: our closest column, and its name on the page
 }
 SCORES = ["script", "steps", "seeds", "training return", "worst … best", "evaluation", "target", "minutes"]
 DETAILS = ["script", "median", "steps/s", "machine", "commit"]
+OWN = "*Training return*: mean over runs of the last 100 training episodes [95 % interval]. *Evaluation*: greedy."
 BEGIN, END = "<!-- written by benchmark/report.py -->\n", "<!-- end of what report.py writes -->\n"
 
 
@@ -107,7 +108,11 @@ def published(entry: suites.Entry, mine: pd.DataFrame, reference: pd.DataFrame) 
         is_below, is_within = ours.mean() < row.score, stats.mean_interval(ours)[1] >= row.score
         spread = f" ± {form(row.spread)} over {'runs' if 'seeds' in row.spread_kind else 'episodes'}"
         steps, count = (whole(x) if x > 0 else "?" for x in (row.steps, row.n_seeds))
-        peer = {"script": f"`{entry.script.stem}`", "measure": measure, "ours": with_interval(ours)}
+        peer = {
+            "script": f"`{entry.script.stem}`, {whole(entry.steps)} steps",
+            "measure": measure,
+            "ours": with_interval(ours),
+        }
         peer |= {"published": exact(row.score) + spread * (row.spread_kind != "none"), "by": row.source}
         peer["ours is"] = "**below**" + ", within our interval" * bool(is_within) if is_below else "at or above"
         peer["their environment, steps, runs"] = f"{row.their_env_id}, {steps}, {count}"
@@ -205,7 +210,8 @@ def summary(cells: pd.DataFrame) -> list[str]:
     for title, of in cells.groupby("title", sort=False):
         counts = of["runs"].map(len)
         row = {"suite": f"[{title}](#{anchor(title)})", "entries with runs": f"{of['ran'].sum()} of {len(of)}"}
-        row["runs"] = f"{counts.sum()} of {np.maximum(counts, of['seeds']).sum()}"
+        older = sum((x.runs["code"] != runs.code_hash(x.script.read_text())).sum() for x in of[of["ran"]].itertuples())
+        row["runs"] = f"{counts.sum()} of {np.maximum(counts, of['seeds']).sum()}" + f" ({older}†)" * bool(older)
         row["targets met"] = f"{of['met'].sum()} of {of['ran'].sum()}" if of["ran"].any() else "–"
         for source in ("SLM-Lab", "CleanRL", "rl-zoo3"):
             below = [peer["is below"] for peer in of["peers"].explode().dropna() if peer["source"] == source]
@@ -262,9 +268,12 @@ def generate(args: Args) -> tuple[pd.DataFrame, str, dict[str, partial]]:
     reference = pd.read_csv(results.REFERENCE)
     cells = read_own(args) if args.folder else read_suites(args, reference)
     if cells.empty:
-        runs.fail("nothing to report: no finished runs, or no entry that matches --only")
+        where = f"in or below {args.folder}" if args.folder else "that --suites and --only leave"
+        runs.fail(f"nothing to report: no finished runs {where}")
     styles, figures = list(cells["algo"].unique()), {}
-    lines = ["# Runs", ""] if args.folder else [Path(__file__).with_name("page.md").read_text(), *summary(cells)]
+    lines = (
+        ["# Runs", "", OWN, ""] if args.folder else [Path(__file__).with_name("page.md").read_text(), *summary(cells)]
+    )
     for title, of in cells.groupby("title", sort=False):
         lines += suite_section(title, of, normalized(of, reference))
         for env, those in of[of["ran"]].groupby("env", sort=False):

@@ -13,10 +13,12 @@ of every entry comes first, then seed 2, and so on, so that a benchmark that is 
 What happens to a run folder that exists: runner.py.
 
 Ctrl-C, SIGTERM, a closed terminal, or kill -9 stop all runs; the same command resumes them. A run that fails does not
-stop the others. Exit code: 0 when every run is finished, 1 when one failed, 2 for bad input, 130 when stopped.
+stop the others. Exit code: 0 when every run is finished, 1 when one failed or is stale, 2 for bad input, 130 when
+stopped.
 """
 
 import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -39,7 +41,7 @@ class Args:
     gpus: tuple[str, ...] = ()  # GPUs by number or id; default: all that are visible
     runs_per_gpu: int = 1  # runs side by side on each GPU
     device: Literal["cpu", "cuda"] | None = None  # --device of every run; default: each script's own
-    retries: int = 0  # how often a run that failed is resumed
+    retries: int = 0  # how often a run that failed is resumed, except for bad input and NaN
     hang_after: float = 30.0  # kill a run whose log and folder do not change for so many minutes
     rerun_stale: bool = False  # move runs with other flags or an older algorithm aside, and run them again
     dry_run: bool = False  # print the commands and start nothing
@@ -110,7 +112,9 @@ def main() -> None:
         jobs, slots, backend, args.threads, args.device, args.retries, args.rerun_stale, hang_after=args.hang_after
     )
     if args.status:
-        console = Console(highlight=False, markup=False)
+        for job in jobs:
+            job.status()
+        console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
         return console.print(runner.table(jobs, work.display.summary(), 10**6))
     try:
         work.work()

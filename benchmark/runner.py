@@ -37,6 +37,7 @@ from benchmark.runs import Spec, shown
 TICK, LOOK, LINE = 0.1, 1.0, 60.0  # seconds between looks at processes, looks at folders, and lines without a terminal
 PATIENCE = 20.0  # seconds between SIGINT and SIGKILL
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+FAILED = "# failed: "  # the last line in the log of a run that failed
 LAST_CODES = {2: "bad input", 3: "diverged (NaN or infinity)"}  # a retry would end in the same way
 
 
@@ -178,6 +179,13 @@ class Job:
         else:
             self.state = "elsewhere" if runs.is_locked(self.beside(".lock")) else "waiting"
 
+    def status(self) -> None:
+        """For an onlooker: what another runner runs is running, and what failed last time has failed."""
+        self.look()
+        self.state = {"elsewhere": "running"}.get(self.state, self.state)
+        if self.state == "waiting" and "".join(self.last_lines(1)).startswith(FAILED):
+            self.state, self.note = "failed", self.last_lines(1)[0].removeprefix(FAILED)
+
     def command(self, threads: int, device: str | None) -> tuple[list[str], bool]:
         """What starts or resumes the run, and whether the folder that is there has to be moved aside first."""
         folder = self.spec.folder
@@ -266,7 +274,8 @@ class Runner:
             return
         command, in_the_way = job.command(self.threads, self.device)
         aside = runs.move_aside(folder) if in_the_way else None
-        job.note = f"old folder: {aside.name}" if aside else "resumed" if "--resume" in command else ""
+        resumed = "resumed" if runs.has_checkpoint(folder) else "restarted: no checkpoint yet"
+        job.note = f"old folder: {aside.name}" if aside else resumed if "--resume" in command else ""
         log = job.beside(".log")
         job.log_start, job.began = log.stat().st_size if log.exists() else 0, time.time()
         job.step, job.seconds, job.trailing, job.slot, job.hung = 0, 0.0, None, slot, False
@@ -310,8 +319,14 @@ class Runner:
             how = f"silent for {self.hang_after / 60:g} minutes" if job.hung else LAST_CODES.get(code, how)
             job.state, job.note = "failed", how
         self.display.event(job)
-        if job.state == "failed" and code not in LAST_CODES and job.starts <= self.retries:
-            job.state = "waiting"
+        if job.state == "failed":
+            with job.beside(".log").open("a") as log:
+                print(f"{FAILED}{job.note}", file=log)
+            if code not in LAST_CODES and job.starts <= self.retries:
+                job.state = "waiting"
+        for other in self.jobs if code == 2 else ():  # another seed would fail in the same way
+            if other.state == "waiting" and other.spec.is_like(job.spec):
+                other.state, other.note = "failed", f"not started: bad input, as in {job.name}"
 
     def stop_all(self) -> None:
         """Interrupt what is running; kill it after a while, or when asked once more."""
@@ -328,7 +343,7 @@ class Runner:
         self.stops = asked
 
     def report(self) -> int:
-        """Print what is left to know; the exit code: 0, 1 if a run failed, 130 if stopped."""
+        """Print what is left to know; the exit code: 0, 1 if a run failed or is stale, 130 if stopped."""
         if not self.display.live:
             print(self.display.summary())
         for job in self.jobs:
@@ -338,7 +353,9 @@ class Runner:
                 print(f"failed: {job.name}: {job.note}; log: {shown(job.beside('.log'))}", file=sys.stderr)
         if self.stops:
             print(f"stopped; to resume: {shlex.join([sys.executable, *sys.argv])}", file=sys.stderr)
-        return 130 if self.stops else int(any(job.state == "failed" for job in self.jobs))
+        folders = dict.fromkeys(shown(job.spec.folder.parent) for job in self.jobs)
+        print(f"run folders: {', '.join(folders)}")
+        return 130 if self.stops else int(any(job.state in ("failed", "stale") for job in self.jobs))
 
 
 # ----------------------------------------------------------------------------------------------------------- display
