@@ -77,6 +77,15 @@ def learn(train):
         flags = PROBE_FLAGS | {"env_kwargs": {"kind": kind}} | flags | OWN_PROBE_FLAGS.get(script, {})
         agent, _ = saved_agent(script, train(script, env_id=named(script, "Probe"), **flags))
 
+        def with_memory(x: float) -> float:
+            """An observation that ends with whether the episode begins; 1 in "discount" is seen after a 0."""
+            path = [[0.0, 1.0], [x, 0.0]] if (kind, x) == ("discount", 1) else [[x, 1.0]]
+            values, _ = agent.critic(torch.tensor(path)[:, None], agent.initial_state(1)[2:])
+            return values[-1].item()
+
+        if hasattr(agent, "initial_state"):
+            return with_memory, lambda x: 2 * agent.act(torch.tensor([[x, 1.0]])).item() - 1
+
         def value(obs: torch.Tensor) -> torch.Tensor:
             if hasattr(agent, "value"):
                 return agent.value(obs)

@@ -19,7 +19,8 @@ from torch.distributions import Categorical, Independent, Normal
 
 ATARI = [name for name in SCRIPTS if family(name).suffix == "_atari"]
 CONTINUOUS = [name for name in SCRIPTS if family(name).suffix == "_continuous"]
-PPO, ON_POLICY = having("ppo_loss"), having("gae")
+RECURRENT = having("Recurrent")  # test_ppo_lstm.py
+PPO, ON_POLICY = ([name for name in having(part) if name not in RECURRENT] for part in ("ppo_loss", "gae"))
 ACTOR_CRITIC = [*ON_POLICY, "reinforce"]
 VECTOR = [name for name in ON_POLICY if name not in ATARI]
 NORMALIZING = [name for name in VECTOR if name in CONTINUOUS]
