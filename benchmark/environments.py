@@ -43,7 +43,7 @@ class DiscretePendulumNoVelocity(PendulumNoVelocity):
 class KeyDoorTreasure(gym.Env):
     """Get the key (reward 1), open the door (2), reach the treasure (4), in 50 steps: Oh et al. 2018, arXiv:1806.05635.
 
-    The shortest way takes 26 steps. A random policy gets the key in 1.1 % of its episodes, opens the door in 0.03 %, and
+    The shortest way takes 26 steps. A random policy gets the key in 1.1 % of its episodes, opens the door in 0.03 %,
     reaches the treasure in one of 1.4 million. Observation: row and column, one-hot; has the key; has opened the door.
     Actions: up, right, down, left; none through walls, nor through the door without the key.
     """
