@@ -20,6 +20,7 @@ TARGET_NETWORK = EPSILON | {"total_timesteps": 4000, "target_network_frequency":
 OWN_PROBE_FLAGS = {  # on top, for scripts that learn in another rhythm
     "a2c_gae": ONE_STEP,
     "a2c_gae_continuous": ONE_STEP,
+    "a2c_sil": ONE_STEP,
     "sarsa": ONE_STEP | EPSILON,
     "reinforce": {"episodes_per_update": 8, "baseline": True, "learning_rate": 1e-2},
     "dqn": TARGET_NETWORK,
@@ -53,7 +54,7 @@ def test_learning_rate_and_gradient_norm(script, anneal_lr, train, monkeypatch):
     for name in ("Adam", "RAdam"):
         monkeypatch.setattr(torch.optim, name, watched(getattr(torch.optim, name)))
     flags = {"num_envs": 2, "num_steps": 1, "num_minibatches": 1, "update_epochs": 1, "total_timesteps": 10}
-    flags |= {"learning_starts": 0, "train_frequency": 2, "gradient_steps": 1, "max_grad_norm": 1e-3}
+    flags |= {"learning_starts": 0, "train_frequency": 2, "gradient_steps": 1, "max_grad_norm": 1e-3, "sil_updates": 0}
     if script == "reinforce":  # episodes of 3 steps
         flags |= {"num_envs": 1, "episodes_per_update": 1, "total_timesteps": 15}
     if script in ATARI:
