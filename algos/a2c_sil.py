@@ -285,7 +285,7 @@ def sil_loss(
     more than V(s) become more probable, and V(s) rises. A return below V(s) shows nothing, and has no gradient.
     """
     logprobs, _ = agent.logprob_and_entropy(obs, actions)
-    with torch.no_grad():
+    with torch.no_grad():  # R; the discount is 0 after a termination
         returns = returns + torch.where(discounts > 0, discounts * agent.value(final_obs), 0)
     advantages = (returns - agent.value(obs)).clamp(min=0)  # (R - V)+
     policy_loss = -(weights * logprobs * advantages.detach()).mean()  # SIL eq. 2
