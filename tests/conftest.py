@@ -8,6 +8,7 @@ import importlib
 import inspect
 import json
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import random
 import shutil
@@ -63,6 +64,12 @@ FAMILIES = [  # the first whose suffix fits; a new kind of script needs a row he
         refused=["CartPole-v1", *(f"Test/{name}-v0" for name in ("DictContinuous", "ImageContinuous", *MISFITS))],
     ),
     Family(
+        suffix="random_policy",
+        env_id="CartPole-v1",
+        spaces=(Box(-1, 1, (0,)), Discrete(4)),
+        refused=[],
+    ),
+    Family(
         suffix="",
         env_id="CartPole-v1",
         spaces=(Box(-1, 1, (3,)), Discrete(4)),
@@ -108,6 +115,15 @@ def having(name: str) -> list[str]:
     return [script for script in SCRIPTS if hasattr(load(script), name)]
 
 
+def is_asynchronous(script: str) -> bool:
+    """Does it train in several processes, whose order no seed decides?"""
+    return getattr(load(script), "ASYNCHRONOUS", False)
+
+
+def learns(script: str) -> bool:
+    return "gamma" in load(script).Args.__dataclass_fields__
+
+
 def tiny(script: str, **changes) -> dict:
     """The fields of a script's Args for a tiny run: TINY, the family's, and `changes` on top."""
     known = {field.name for field in fields(load(script).Args)}
@@ -150,7 +166,10 @@ def named(script: str, name: str = "Counter") -> str:
 
 
 def on_step(module: ModuleType, change, patch=setattr) -> None:
-    """Environments of a script give change(steps so far, obs, rewards) instead of obs, rewards."""
+    """Environments of a script give change(steps so far, obs, rewards) instead of obs, rewards.
+
+    Those of workers are in other processes: what they report is changed.
+    """
     make_envs, steps = module.make_envs, 0
 
     def make_changed_envs(*args, **kwargs):
@@ -166,7 +185,15 @@ def on_step(module: ModuleType, change, patch=setattr) -> None:
         envs.step = changed_step
         return envs
 
+    def changed_record(run, step, rewards, dones):
+        nonlocal steps
+        steps += len(rewards)
+        record(run, step, change(steps, rewards, rewards)[1], dones)
+
     patch(module, "make_envs", make_changed_envs)
+    if getattr(module, "ASYNCHRONOUS", False):
+        record = module.Run.record
+        patch(module.Run, "record", changed_record)
 
 
 def run_in_child(path: Path, words: list[str], folder: Path, kill_after: tuple[str, int] | None) -> None:
@@ -175,6 +202,8 @@ def run_in_child(path: Path, words: list[str], folder: Path, kill_after: tuple[s
     log = os.open(folder.with_suffix(".log"), os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1), os.dup2(log, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    multiprocessing.current_process()._config["daemon"] = False  # or it may have no workers of its own, which then
+    multiprocessing.forkserver._forkserver.ensure_running = lambda: None  # come from the server it came from
     sys.argv, sys.path = [str(path), *words], [str(path.parent), *sys.path]
     module, seen = importlib.import_module(path.stem), []
 
@@ -194,9 +223,17 @@ FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["torch._dynamo", "conftest", *(f"algos.{script}" for script in SCRIPTS)])
 
 
+def ready_to_fork() -> None:
+    """Start the fork server with the tests on its path. The workers of a script in this process come from it, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        multiprocessing.forkserver.ensure_running()
+
+
 def start(path: Path, *words, folder: Path, kill_after: tuple[str, int] | None = None):
     """A script in a process of its own, beside the run folder; what it prints goes to folder.log."""
     words = [str(word) for word in words]
+    ready_to_fork()
     process = FORK.Process(target=run_in_child, args=(path, words, folder, kill_after), daemon=True)
     process.start()
     return process
@@ -288,6 +325,8 @@ def call(monkeypatch, capfd, tmp_path):
     handler = signal.getsignal(signal.SIGTERM)
 
     def call(script: str, *words) -> SimpleNamespace:
+        if is_asynchronous(script):
+            ready_to_fork()
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [f"algos/{script}.py", *map(str, words)])
         capfd.readouterr()
@@ -312,6 +351,8 @@ def train(tmp_path):
 
     def train(script: str, **flags) -> Path:
         environments.Counter.forget()
+        if is_asynchronous(script):
+            ready_to_fork()
         folder, usual = tmp_path / "run", {"env_id": named(script), "checkpoint_every": 10**9, "eval_episodes": 1}
         load(script).train(make_args(script, run_dir=str(folder), **usual | flags))
         return folder

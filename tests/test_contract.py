@@ -27,6 +27,8 @@ from conftest import (
     episodes,
     exit_code,
     family,
+    is_asynchronous,
+    learns,
     load,
     make_args,
     named,
@@ -42,6 +44,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 # Vector environments can be the user's own. Of the machinery, whose text is the same in every file (test_house), what
 # no other part of a script can break is shown by one script, or by one for each kind of environment.
 VECTOR = [name for name in SCRIPTS if family(name).suffix != "_atari"]
+LEARNERS = [name for name in VECTOR if learns(name)]
+REPEATABLE = [name for name in SCRIPTS if not is_asynchronous(name)]
+repeatable = pytest.mark.parametrize("script", REPEATABLE, indirect=True)
 vector_scripts = pytest.mark.parametrize("script", VECTOR, indirect=True)
 one_of_each = pytest.mark.parametrize("script", ["ppo", "ppo_atari", "sac_continuous"], indirect=True)
 one_of_each_vector = pytest.mark.parametrize("script", ["ppo", "sac_continuous"], indirect=True)
@@ -124,8 +129,8 @@ def test_episodes_and_result_agree(script, finished):
 
 def test_tensorboard_has_the_curves(script, finished):
     curves = scalars(finished.folder)
-    assert {f"charts/{x}" for x in ("episodic_return", "episodic_length", "SPS", "learning_rate")} <= set(curves)
-    assert sum(tag.startswith("losses/") for tag in curves) >= 1
+    assert {f"charts/{x}" for x in ("episodic_return", "episodic_length", "SPS")} <= set(curves)
+    assert not learns(script) or "charts/learning_rate" in curves and any(tag.startswith("losses/") for tag in curves)
     assert all(re.fullmatch(r"(charts|losses)/\w+", tag) for tag in curves)
     steps = [step for step, _ in curves["charts/SPS"]]
     assert steps == sorted(set(steps)) and steps[-1] == read_json(finished.folder, "result.json")["steps"]
@@ -135,6 +140,7 @@ def test_tensorboard_has_the_curves(script, finished):
 # ------------------------------------------------------------------------------------------------- the same run, always
 
 
+@repeatable
 def test_same_command_same_bits(script, finished, call, tmp_path):
     """Here after much else in this process, there in one of its own with other addresses and hashes."""
     assert call(script, *arguments(script, run_dir="again")).code == 0
@@ -177,7 +183,10 @@ def test_another_seed_another_run(script, finished, call, tmp_path):
 
 
 def test_kill_and_resume_give_the_same_bits(script, finished, unfinished, copy, call):
-    """Killed before the first checkpoint, at a random step, as if while it was writing, and in the evaluation."""
+    """Killed before the first checkpoint, at a random step, as if while it was writing, and in the evaluation.
+
+    A run that nobody can repeat has the same files and the same number of steps.
+    """
     folder = copy(unfinished)
     assert 0 < read_checkpoint(folder)["step"] < tiny(script)["total_timesteps"]
     assert not (folder / "result.json").exists() and not (folder / "agent.safetensors").exists()
@@ -191,12 +200,12 @@ def test_kill_and_resume_give_the_same_bits(script, finished, unfinished, copy, 
     result = read_json(finished.folder, "result.json")
     assert read_checkpoint(folder)["step"] == result["steps"]  # the training is not repeated
     assert call(script, "--resume", folder).code == 0
-    assert bits(folder) == bits(finished.folder)
+    assert is_asynchronous(script) or bits(folder) == bits(finished.folder)
     assert (folder / "args.json").read_bytes() == args_json
     files = [{path.name for path in x.iterdir() if "events" not in path.name} for x in (folder, finished.folder)]
     assert files[0] == files[1]
     resumed = read_json(folder, "result.json")
-    same = ("final_return", "eval_return_mean", "eval_return_std", "steps")
+    same = ("final_return", "eval_return_mean", "eval_return_std", "steps")[3 * is_asynchronous(script) :]
     assert {name: resumed[name] for name in same} == {name: result[name] for name in same}
 
 
@@ -278,6 +287,7 @@ def test_divergence_ends_the_run_and_keeps_the_checkpoint(script, call, monkeypa
 # ---------------------------------------------------------------------------------- steps, episodes and the evaluation
 
 
+@repeatable
 def test_books_agree_with_the_environments_own(script, train, spy, monkeypatch):
     """Every step and every episode that ended counts once; the evaluation takes one episode of each environment."""
     starts = spy(load(script), "start_envs")
@@ -305,7 +315,7 @@ def test_books_agree_with_the_environments_own(script, train, spy, monkeypatch):
     assert result["eval_return_std"] == pytest.approx(np.std(expected))
 
 
-@vector_scripts
+@pytest.mark.parametrize("script", LEARNERS, indirect=True)  # the others may drop what they see
 def test_a_transition_ends_in_its_own_episode(script):
     """Also where an episode ended, and in an environment that reuses its array: never the reset observation.
 
@@ -467,6 +477,7 @@ def test_where_git_is(script, call, tmp_path, monkeypatch):
     assert described["commit"] == "" and described["cpu"]
 
 
+@repeatable
 @pytest.mark.slow  # 15 s each, if the compiler's cache is cold
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "c++")), reason="needs a C++ compiler")
 def test_compile_computes_the_same_losses(script, finished, call, tmp_path):
@@ -488,7 +499,7 @@ def test_environments_that_are_refused(script, call, tmp_path):
         assert is_bad_input(done) and env_id in done.err and not any(tmp_path.iterdir()), done.err
 
 
-@vector_scripts
+@pytest.mark.parametrize("script", LEARNERS, indirect=True)  # the others refuse none
 def test_wrong_actions_name_the_right_script(script, call):
     done = call(script, *arguments(script, env_id=family(script).refused[0]))
     (other,) = set(re.findall(r"(\w+)\.py", done.err)) - {script}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPTS, episodes, family, load, named, saved_agent
+from conftest import SCRIPTS, episodes, family, is_asynchronous, learns, load, named, saved_agent
 from environments import FakeChoices, FakeGames
 
 # Enough for every probe, whatever the script's own defaults are; on-policy; off-policy
@@ -19,6 +19,7 @@ TARGET_NETWORK = EPSILON | {"total_timesteps": 4000, "target_network_frequency":
 
 OWN_PROBE_FLAGS = {  # on top, for scripts that learn in another rhythm
     "a2c_gae": ONE_STEP,
+    "a3c": ONE_STEP | {"num_envs": 2},
     "a2c_gae_continuous": ONE_STEP,
     "a2c_sil": ONE_STEP,
     "sarsa": ONE_STEP | EPSILON,
@@ -31,12 +32,13 @@ OWN_PROBE_FLAGS = {  # on top, for scripts that learn in another rhythm
 
 GOALS = {"CartPole-v1": 195, "Pendulum-v1": -400, "InvertedPendulum-v5": 300}  # mean return of 20 training episodes
 
-VECTOR = [name for name in SCRIPTS if family(name).suffix != "_atari"]
+LEARNERS = [name for name in SCRIPTS if learns(name)]
+VECTOR = [name for name in LEARNERS if family(name).suffix != "_atari"]
 ATARI = [name for name in SCRIPTS if family(name).suffix == "_atari"]
 
 
 @pytest.mark.parametrize("anneal_lr", [True, False])
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [name for name in LEARNERS if not is_asynchronous(name)])
 def test_learning_rate_and_gradient_norm(script, anneal_lr, train, monkeypatch):
     """Five updates: the first has the full learning rate, the last a positive one; no gradient is too long."""
     rates, norms = [], []

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from ale_py.vector_env import AtariVectorEnv
-from conftest import SCRIPTS, episodes, family, having, load, make_agent, make_args, saved_agent
+from conftest import SCRIPTS, episodes, family, having, is_asynchronous, load, make_agent, make_args, saved_agent
 from environments import Counter, FakeGames, Misfit
 from gymnasium.spaces import Box
 from torch import nn
@@ -22,7 +22,7 @@ CONTINUOUS = [name for name in SCRIPTS if family(name).suffix == "_continuous"]
 RECURRENT = having("Recurrent")  # test_ppo_lstm.py
 PPO, ON_POLICY = ([name for name in having(part) if name not in RECURRENT] for part in ("ppo_loss", "gae"))
 ACTOR_CRITIC = [*ON_POLICY, "reinforce"]
-VECTOR = [name for name in ON_POLICY if name not in ATARI]
+VECTOR = [name for name in ON_POLICY if name not in ATARI and not is_asynchronous(name)]
 NORMALIZING = [name for name in VECTOR if name in CONTINUOUS]
 
 ppo = load("ppo")  # for functions whose text is the same in every script (test_house)
