@@ -71,7 +71,7 @@ class Args:
     anneal_lr: bool = True  # anneal the learning rate linearly to 0
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.95  # lambda of generalized advantage estimation; 1: n-step returns, 0: one-step returns
-    ent_coef: float = 0.0  # entropy coefficient
+    ent_coef: float = 0.01  # entropy coefficient (beta)
     vf_coef: float = 0.5  # value loss coefficient
     max_grad_norm: float = 0.5  # maximum global norm of the gradient
     hidden_size: int = 64  # width of the two hidden layers

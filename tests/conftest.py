@@ -63,12 +63,7 @@ FAMILIES = [  # the first whose suffix fits; a new kind of script needs a row he
         spaces=(Box(-1, 1, (3,)), Box(np.array([-1, -2], np.float32), np.array([3, 0.5], np.float32))),
         refused=["CartPole-v1", *(f"Test/{name}-v0" for name in ("DictContinuous", "ImageContinuous", *MISFITS))],
     ),
-    Family(
-        suffix="random_policy",
-        env_id="CartPole-v1",
-        spaces=(Box(-1, 1, (0,)), Discrete(4)),
-        refused=[],
-    ),
+    Family(suffix="random_policy", env_id="CartPole-v1", spaces=(Box(-1, 1, (0,)), Discrete(4)), refused=[]),
     Family(
         suffix="",
         env_id="CartPole-v1",
@@ -120,10 +115,6 @@ def is_asynchronous(script: str) -> bool:
     return getattr(load(script), "ASYNCHRONOUS", False)
 
 
-def learns(script: str) -> bool:
-    return "gamma" in load(script).Args.__dataclass_fields__
-
-
 def tiny(script: str, **changes) -> dict:
     """The fields of a script's Args for a tiny run: TINY, the family's, and `changes` on top."""
     known = {field.name for field in fields(load(script).Args)}
@@ -166,10 +157,7 @@ def named(script: str, name: str = "Counter") -> str:
 
 
 def on_step(module: ModuleType, change, patch=setattr) -> None:
-    """Environments of a script give change(steps so far, obs, rewards) instead of obs, rewards.
-
-    Those of workers are in other processes: what they report is changed.
-    """
+    """Environments of a script, or its workers, give change(steps so far, obs, rewards) instead of obs, rewards."""
     make_envs, steps = module.make_envs, 0
 
     def make_changed_envs(*args, **kwargs):

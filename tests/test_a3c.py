@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from conftest import FORK, ROOT, TIMEOUT, arguments, episodes, load, make_agent, ready_to_fork, wait_for
@@ -25,8 +24,8 @@ def test_loss_is_the_sum_of_its_parts(rng):
     total = policy_loss + 0.7 * value_loss - 0.03 * new.entropy().mean()
     torch.testing.assert_close(loss, total)
     torch.testing.assert_close(gradients(loss, agent), gradients(total, agent), atol=1e-5, rtol=1e-4)
-    expected = [x.detach() for x in (policy_loss, value_loss, new.entropy().mean())]
-    torch.testing.assert_close(list(metrics.values()), expected)
+    parts = policy_loss, value_loss, new.entropy().mean()
+    torch.testing.assert_close(list(metrics.values()), [x.detach() for x in parts])
 
 
 def part_loss(agent, part: str) -> torch.Tensor:
@@ -87,8 +86,8 @@ def test_every_episode_of_every_worker_is_recorded(train):
 
 def test_workers_act_differently(train):
     """Two workers with the same random numbers would have the same episodes."""
-    rows = episodes(train("a3c", env_id="CartPole-v1", num_envs=2, num_steps=50, total_timesteps=1000))
-    assert len({length for *_, length in rows}) > 5 and len(set(np.diff([step for step, *_ in rows]))) > 5
+    rows = episodes(train("a3c", env_id="CartPole-v1", num_envs=2, num_steps=200, total_timesteps=400))
+    assert len({step for step, *_ in rows}) > len(rows) / 2 + 2
 
 
 def run(tmp_path, *words):
@@ -112,11 +111,10 @@ def test_no_process_is_left(sent, kill, code, tmp_path):
 
 def test_an_error_in_a_worker_keeps_its_traceback(tmp_path, monkeypatch):
     """And ends the run, with all its processes."""
-    code = "import gymnasium\nfrom gymnasium.envs.classic_control import CartPoleEnv\n\n\nclass Mine(CartPoleEnv):\n"
-    code += "    def step(self, action):\n        raise TypeError('the robot fell')\n\n\n"
-    (tmp_path / "mine.py").write_text(code + "gymnasium.register('Mine-v0', Mine)\n")
+    code = "import gymnasium as gym\nfrom gymnasium.envs.classic_control import CartPoleEnv as Mine\n"
+    (tmp_path / "mine.py").write_text(code + "Mine.step = lambda *x: 'robot' + 1\ngym.register('Mine-v0', Mine)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     process = run(tmp_path, "--env-id", "mine:Mine-v0")
     out, _ = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 1 and "mine.py" in out and "TypeError: the robot fell" in out
+    assert process.returncode == 1 and "mine.py" in out and "TypeError: can only concatenate" in out
     assert "a worker ended" in out and "EOFError" not in out, out

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPTS, episodes, family, is_asynchronous, learns, load, named, saved_agent
+from conftest import SCRIPTS, episodes, family, is_asynchronous, load, named, saved_agent
 from environments import FakeChoices, FakeGames
 
 # Enough for every probe, whatever the script's own defaults are; on-policy; off-policy
@@ -32,7 +32,7 @@ OWN_PROBE_FLAGS = {  # on top, for scripts that learn in another rhythm
 
 GOALS = {"CartPole-v1": 195, "Pendulum-v1": -400, "InvertedPendulum-v5": 300}  # mean return of 20 training episodes
 
-LEARNERS = [name for name in SCRIPTS if learns(name)]
+LEARNERS = [name for name in SCRIPTS if hasattr(load(name).Args, "gamma")]
 VECTOR = [name for name in LEARNERS if family(name).suffix != "_atari"]
 ATARI = [name for name in SCRIPTS if family(name).suffix == "_atari"]
 
