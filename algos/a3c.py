@@ -19,6 +19,7 @@ Details that matter:
   and applies its gradient to the shared weights as they are by then, without a lock (Hogwild).
 - The statistics of the optimizer are shared, too. Adam with betas (0, 0.99) is the paper's RMSProp, bias-corrected.
 - No two runs are the same: the order of the updates depends on the machine. Resuming continues a run, not its bits.
+- Advantages are not normalized: the few steps of one worker say too little about their mean.
 - A truncated episode (time limit) bootstraps from its real final observation; a terminated one does not bootstrap.
 - Between checkpoints every worker makes the same number of rollouts, none waits for another. They end with the parent.
 
@@ -71,7 +72,7 @@ class Args:
     anneal_lr: bool = True  # anneal the learning rate linearly to 0
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.95  # lambda of generalized advantage estimation; 1: n-step returns, 0: one-step returns
-    ent_coef: float = 0.01  # entropy coefficient (beta)
+    ent_coef: float = 0.001  # entropy coefficient (beta)
     vf_coef: float = 0.5  # value loss coefficient
     max_grad_norm: float = 0.5  # maximum global norm of the gradient
     hidden_size: int = 64  # width of the two hidden layers
