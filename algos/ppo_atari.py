@@ -477,7 +477,7 @@ class Run:  # the run folder: args.json, a copy of the script, episodes.csv, Ten
         result |= {"sps": step / seconds, "peak_memory_mb": peak / (2**20 if sys.platform == "darwin" else 2**10)}
         write_atomically(self.path / "result.json", lambda path: path.write_text(json.dumps(result, indent=2)))
         (self.path / "checkpoint.pt").unlink()
-        print(f"curves: tensorboard --logdir {self.path}; video: {sys.argv[0]} --evaluate {self.path} --video")
+        print(f"curves: tensorboard --logdir {self.path}; video: python {sys.argv[0]} --evaluate {self.path} --video")
         if self.args.video:
             record_video(self.args, agent, envs)
 

@@ -128,7 +128,8 @@ def test_shipped_spaces_are_right(name):
 
 
 def test_every_script_has_a_space_and_the_docs_have_valid_ones():
-    assert {path.stem for path in (ROOT / "algos").glob("*.py")} <= set(SHIPPED)
+    learning = [path.stem for path in (ROOT / "algos").glob("*.py") if "gamma" in runs.defaults(path.read_text())]
+    assert set(learning) <= set(SHIPPED)
     assert all(spaces.load(str(path), {}).trials for path in (ROOT / "docs" / "tuning").glob("*.toml"))
 
 
