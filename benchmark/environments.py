@@ -31,15 +31,6 @@ class PendulumNoVelocity(NoVelocity, PendulumEnv):
     visible = [0, 1]  # cosine and sine of the angle
 
 
-class DiscretePendulumNoVelocity(PendulumNoVelocity):
-    def __init__(self, **kwargs) -> None:
-        super().__init__(**kwargs)
-        self.action_space = Discrete(5)
-
-    def step(self, action):
-        return super().step(np.array([action - 2], np.float32))  # a torque of -2, -1, 0, 1, or 2
-
-
 class KeyDoorTreasure(gym.Env):
     """Get the key (reward 1), open the door (2), reach the treasure (4), in 50 steps: Oh et al. 2018, arXiv:1806.05635.
 
@@ -83,6 +74,6 @@ class KeyDoorTreasure(gym.Env):
         return frame.repeat(16, 0).repeat(16, 1)[..., None].repeat(3, -1)
 
 
-LIMITS = {CartPoleNoVelocity: 500, PendulumNoVelocity: 200, DiscretePendulumNoVelocity: 200, KeyDoorTreasure: 50}
+LIMITS = {CartPoleNoVelocity: 500, PendulumNoVelocity: 200, KeyDoorTreasure: 50}
 for env, steps in LIMITS.items():
     gym.register(f"{env.__name__}-v0", env, max_episode_steps=steps)

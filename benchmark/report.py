@@ -54,9 +54,6 @@ class Args:
     results_dir: Path = results.RESULTS  # results of suites
 
 
-# ------------------------------------------------------------------------------------------------------------- the data
-
-
 def cell(entry: suites.Entry, found: pd.DataFrame, curves: pd.DataFrame, **more) -> dict:
     """An entry with its runs, as a row of the table that all parts of the page are made from."""
     finals = found["final_return"].to_numpy(float)
@@ -132,9 +129,6 @@ def normalized(of: pd.DataFrame, reference: pd.DataFrame) -> dict[str, dict[str,
         if high > low:
             found.setdefault(x.algo, {})[x.env] = (x.finals - low) / (high - low)
     return found
-
-
-# ------------------------------------------------------------------------------------------------------------- the page
 
 
 def table(rows: list[dict[str, str]], names: list[str] | None = None) -> list[str]:

@@ -274,7 +274,7 @@ class Runner:
             return
         command, in_the_way = job.command(self.threads, self.device)
         aside = runs.move_aside(folder) if in_the_way else None
-        resumed = "resumed" if runs.has_checkpoint(folder) else "restarted: no checkpoint yet"
+        resumed = "resumed" if (folder / "checkpoint.pt").exists() else "restarted: no checkpoint yet"
         job.note = f"old folder: {aside.name}" if aside else resumed if "--resume" in command else ""
         log = job.beside(".log")
         job.log_start, job.began = log.stat().st_size if log.exists() else 0, time.time()
@@ -324,9 +324,10 @@ class Runner:
                 print(f"{FAILED}{job.note}", file=log)
             if code not in LAST_CODES and job.starts <= self.retries:
                 job.state = "waiting"
-        for other in self.jobs if code == 2 else ():  # another seed would fail in the same way
-            if other.state == "waiting" and other.spec.is_like(job.spec):
-                other.state, other.note = "failed", f"not started: bad input, as in {job.name}"
+        if code == 2 and not job.spec.folder.exists():  # another seed would fail in the same way
+            for other in (x for x in self.jobs if x.state == "waiting" and x.spec.script == job.spec.script):
+                if other.spec.flags | {"seed": 0} == job.spec.flags | {"seed": 0}:
+                    other.state, other.note = "failed", f"not started: bad input, as in {job.name}"
 
     def stop_all(self) -> None:
         """Interrupt what is running; kill it after a while, or when asked once more."""
@@ -356,9 +357,6 @@ class Runner:
         folders = dict.fromkeys(shown(job.spec.folder.parent) for job in self.jobs)
         print(f"run folders: {', '.join(folders)}")
         return 130 if self.stops else int(any(job.state in ("failed", "stale") for job in self.jobs))
-
-
-# ----------------------------------------------------------------------------------------------------------- display
 
 
 def short(number: float | None) -> str:

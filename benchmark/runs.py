@@ -88,10 +88,6 @@ class Spec:
     def words(self) -> list[str]:
         return words_of(self.flags)
 
-    def is_like(self, other: "Spec") -> bool:
-        """The same but for the seed and the folder."""
-        return self.script == other.script and self.flags | {"seed": 0} == other.flags | {"seed": 0}
-
     def command(self, threads: int = 1, device: str | None = None) -> list[str]:
         machine = {"torch_threads": threads} | ({"device": device} if device else {}) | {"run_dir": shown(self.folder)}
         return [sys.executable, shown(self.script), *self.words, *words_of(machine)]
@@ -150,10 +146,6 @@ def read_args(folder: Path) -> dict:
 def read_result(folder: Path) -> dict:
     """result.json, {} while the run is unfinished."""
     return read_json(folder / "result.json")
-
-
-def has_checkpoint(folder: Path) -> bool:
-    return (folder / "checkpoint.pt").exists()
 
 
 def read_episodes(folder: Path) -> pd.DataFrame:

@@ -11,7 +11,6 @@ from benchmark.environments import KeyDoorTreasure
 LIMITS = {
     "CartPoleNoVelocity": 500,
     "PendulumNoVelocity": 200,
-    "DiscretePendulumNoVelocity": 200,
     "KeyDoorTreasure": 50,
 }
 
@@ -41,7 +40,6 @@ def test_by_name_from_the_command_line(call, tmp_path):
     [
         ("CartPoleNoVelocity", "CartPole-v1", [0, 2]),
         ("PendulumNoVelocity", "Pendulum-v1", [0, 1]),
-        ("DiscretePendulumNoVelocity", "Pendulum-v1", [0, 1]),
     ],
 )
 def test_the_same_without_velocities(name, original, visible):
