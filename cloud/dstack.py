@@ -1,18 +1,14 @@
-"""Commands on rented machines, through dstack (https://dstack.ai), whose CLI is installed apart.
+"""Commands on rented machines, through dstack (https://dstack.ai). docs/cloud.md has the setup.
 
-    uv tool install 'dstack>=0.22,<0.23'      # then a server and a login: docs/cloud.md, from nothing to a suite
-    export HF_TOKEN=hf_... FOLIO_HUB=you/folio-dev
     python cloud/dstack.py fleet              # once: how many machines at most, and at which price; rents none
     python cloud/dstack.py -- python algos/ppo_atari.py --env-id ALE/Pong-v5          # short for: submit -- ...
     python cloud/dstack.py submit --dry-run --max-price 0.5 -- python algos/ppo_atari.py      # machines and prices
     python cloud/dstack.py submit --template gpus -- python benchmark/run.py atari
-    python cloud/dstack.py -- python tuner/run.py search ppo
     python cloud/dstack.py list               # and: logs NAME, stop NAME
 
 A job is a dstack task from a template: cloud/{cpu,gpu,gpus}.dstack.yml, or a file of your own. It gets the working tree
-with its commit, HF_TOKEN and FOLIO_HUB in its environment, and cloud/job.py as its last command. If it loses its
-machine, dstack starts it again (`retry` in the template), and it continues from the Hub; cloud/hub.py pulls the result.
-`Dstack` is the backend of benchmark/run.py --backend dstack: one task for each run.
+with its commit, HF_TOKEN and FOLIO_HUB, and cloud/job.py as its last command. If it loses its machine, dstack starts it
+again, and it continues from the Hub. `Dstack` is the backend of benchmark/run.py: one task for each run.
 """
 
 import hashlib
@@ -37,7 +33,7 @@ from huggingface_hub import get_token
 from tyro.conf import Positional
 
 from benchmark.runs import ROOT, RUNS, Spec, difference, fail, flags_of, read_result, words_of
-from cloud.hub import ERRORS, check_name, open_hub, reason
+from cloud.hub import ERRORS, Hub, check_name, open_hub, reason
 from cloud.job import find_script, makes_a_run
 
 HERE = Path(__file__).resolve().parent
@@ -45,10 +41,9 @@ ENDED = "terminated", "failed", "done"  # dstack's final statuses
 LEFT_OUT = "docs/plots/", "benchmark/results/", "runs/"  # large, and no run reads them; dstack takes 2 MB of code
 LOOK, TIMEOUT = 30.0, 300.0  # seconds between looks at all jobs, and until a dstack that does not answer is given up
 PATIENCE = 120  # looks that fail in a row before a job counts as lost
+NO_CLI = "the dstack CLI is not installed: uv tool install 'dstack[server]>=0.22,<0.23'"
+NO_TOKEN = "there is no Hugging Face token: export HF_TOKEN=hf_..., or hf auth login"
 CHANGES = "cpu", "memory", "gpu", "disk", "spot_policy", "max_price", "max_duration"  # of a template, by flags
-
-
-# -------------------------------------------------------------------------------------------------- dstack's own CLI
 
 
 def execute(*command, stdin: str = "", **options) -> str:
@@ -63,13 +58,21 @@ def execute(*command, stdin: str = "", **options) -> str:
     return done.stdout
 
 
+def find_cli() -> str | None:
+    return shutil.which(os.environ.get("FOLIO_DSTACK", "dstack"))
+
+
 def call(*words, **options) -> str:
     """What `dstack WORDS` prints."""
-    path = shutil.which(os.environ.get("FOLIO_DSTACK", "dstack"))
-    if not path:
-        raise OSError("the dstack CLI is not installed: uv tool install 'dstack>=0.22,<0.23'")
+    if not (path := find_cli()):
+        raise OSError(NO_CLI)
     plain = {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb", "HF_TOKEN": get_token() or ""}
     return execute(path, *words, env=os.environ | plain, **options)
+
+
+def open_all(repo: str = "") -> Hub:
+    """The Hub, or an error with all that a job lacks."""
+    return open_hub(repo, missing=[*([] if find_cli() else [NO_CLI]), *([] if get_token() else [NO_TOKEN])])
 
 
 def active() -> dict[str, dict]:
@@ -79,11 +82,7 @@ def active() -> dict[str, dict]:
 
 
 def status(run: dict) -> str:
-    words = [run["status"], run.get("status_message"), run.get("error")]
-    return ", ".join(dict.fromkeys(word for word in words if word))
-
-
-# ------------------------------------------------------------------------------------------------------------ a task
+    return ", ".join(dict.fromkeys(filter(None, (run["status"], run.get("status_message"), run.get("error")))))
 
 
 def task_name(name: str) -> str:
@@ -177,14 +176,11 @@ def apply(folder: Path, task: dict, *flags: str, stdin: str = "") -> str:
     return re.sub(r".*\[y/n\].*|Exiting\.\.\.", "", text).strip()
 
 
-# ---------------------------------------------------------------------------------------------- the runner's backend
-
-
 class Dstack:
     """Runs as dstack tasks, one each. They outlive the runner; the next one finds them."""
 
     def __init__(self, template: str = "auto", runs_dir: Path = RUNS) -> None:
-        self.template, self.runs_dir, self.hub = template, runs_dir.resolve(), open_hub("")
+        self.template, self.runs_dir, self.hub = template, runs_dir.resolve(), open_all()
         self.lock, self.looked, self.jobs = threading.Lock(), 0.0, {}
         self.temporary = tempfile.TemporaryDirectory(prefix="folio-")
         try:
@@ -282,9 +278,6 @@ class Handle(threading.Thread):
         return bool(read_result(self.spec.folder)) and not difference(self.spec.folder, self.spec)
 
 
-# ----------------------------------------------------------------------------------------------------- the commands
-
-
 @dataclass
 class Submit:
     """run a command on a rented machine; the command follows --"""
@@ -314,7 +307,7 @@ class Submit:
         check_name(name)
         if not many and flags_of(command).keys() & {"run_dir", "resume", "evaluate"}:
             fail("a job names the run folder and resumes by itself; leave out --run-dir, --resume, and --evaluate")
-        hub = open_hub(self.repo)
+        hub = open_all(self.repo)
         changes = {key: value for key, value in vars(self).items() if key in CHANGES}
         task = make_task(find_template(self.template, command), name, command, hub.repo, many, **changes)
         with tempfile.TemporaryDirectory(prefix="folio-") as temporary:
@@ -358,6 +351,8 @@ def main() -> None:
     words = sys.argv[1:]
     at = words.index("--") if "--" in words else len(words)
     words, command = words[:at], tuple(words[at + 1 :])
+    if "--" not in sys.argv and (found := [i for i, x in enumerate(words) if x == "python" or x.endswith(".py")]):
+        fail(f"put -- before the command: ... -- {shlex.join(words[found[0] :])}")
     if command and (not words or words[0].startswith("-")):
         words = ["submit", *words]
     commands = {"submit": Submit, "list": list_jobs, "logs": logs, "stop": stop, "fleet": fleet}

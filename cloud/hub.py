@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ import pandas as pd
 import tyro
 from huggingface_hub import BucketFile, HfApi, ModelCardData, get_token, set_client_factory
 from huggingface_hub.errors import BucketNotFoundError, EntryNotFoundError
+from huggingface_hub.utils import logging
 from tyro.conf import Positional
 
 from benchmark.runs import RUNS, fail, move_aside, progress, read_args, read_result
@@ -36,7 +38,7 @@ NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)  # of a run, or of a file
 LOCAL = "*.lock", "*.tmp", "*.old-*"  # files that stay on their machine
 LAST = "args.json", "checkpoint.pt", "result.json"  # uploaded after the others, which they count on
 ERRORS = (httpx2.HTTPError, OSError, ValueError, RuntimeError)  # of a Hub that refuses, is down, or far away
-TIMEOUT = 300.0  # seconds; huggingface_hub waits forever by default
+TIMEOUT = httpx2.Timeout(300.0, connect=4.0)  # seconds; huggingface_hub waits forever by default
 
 
 def reason(error: Exception) -> str:
@@ -54,6 +56,19 @@ def check_name(name: str) -> None:
 def fits(name: str, patterns: Iterable[str]) -> bool:
     """Whether a name matches one of the patterns, or is below a folder that does."""
     return any(fnmatchcase(name, x) or fnmatchcase(name, f"{x.rstrip('/')}/*") for x in patterns)
+
+
+class Client(httpx2.Client):
+    """Connects twice at most: huggingface_hub would retry for 23 seconds, but not after a ConnectionError."""
+
+    def send(self, *args, **options) -> httpx2.Response:
+        for wait in (2, 0):
+            try:
+                return super().send(*args, **options)
+            except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
+                failure = error
+            time.sleep(wait)
+        raise ConnectionError(f"cannot connect: {failure}")
 
 
 @dataclass
@@ -96,11 +111,10 @@ class Hub:
 
     def bucket_files(self, below: str = "") -> list[BucketFile]:
         """Files whose path begins with `below`."""
-        try:
+        with suppress(BucketNotFoundError, EntryNotFoundError):
             entries = self.api.list_bucket_tree(self.repo, prefix=below or None, recursive=True)
             return [entry for entry in entries if isinstance(entry, BucketFile)]
-        except (BucketNotFoundError, EntryNotFoundError):
-            return []
+        return []
 
     def pull(self, runs_dir: Path, remotes: Iterable[Remote], accept: Callable = lambda folder: True) -> list[Remote]:
         """Download runs into runs_dir, those that `accept` takes once they are downloaded, and return them.
@@ -158,8 +172,7 @@ class Hub:
         self.save(runs_dir, name)
         if finished := finished_below(runs_dir, name):
             self.commit(runs_dir, finished)
-            folders = tuple(f"{run}/" for run in finished)
-            gone = [x.path for x in self.bucket_files(name) if x.path.startswith(folders)]
+            gone = [x.path for x in self.bucket_files(name) if x.path.startswith(tuple(f"{run}/" for run in finished))]
             self.api.batch_bucket_files(self.repo, delete=gone)
 
 
@@ -225,35 +238,6 @@ of the evaluation after training:
 """
 
 
-def publish(source: Hub, target: Hub, patterns: Iterable[str], dry_run: bool) -> None:
-    """Copy finished runs to a public repository, and update its table and card."""
-    runs = [run for run in source.find(bucket=False) if run.finished and fits(run.name, patterns)]
-    with tempfile.TemporaryDirectory(prefix="folio-") as temporary:
-        folder, rows = Path(temporary), []
-        for run in source.pull(folder, runs):
-            about, result = read_args(folder / run.name), read_result(folder / run.name)
-            if not about["commit"] or about["commit"].endswith("-dirty"):
-                print(f"left out: {run.name} was not made from a clean commit")
-                continue
-            row = {"run": run.name, "script": Path(about["command"][0]).stem, "commit": about["commit"]}
-            row |= {key: about["args"].get(key) for key in ("env_id", "seed")}
-            row |= {key: result.get(key) for key in ("final_return", "eval_return_mean", "eval_return_std", "steps")}
-            rows.append(row)
-        print(f"{len(rows)} runs from {source.repo} to {target.repo}")
-        if dry_run or not rows:
-            return
-        target.api.create_repo(target.repo, private=False, exist_ok=True)
-        target.api.snapshot_download(target.repo, allow_patterns=["runs.csv"], local_dir=folder)
-        earlier = pd.read_csv(folder / "runs.csv") if (folder / "runs.csv").exists() else None
-        table = pd.concat([earlier, pd.DataFrame(rows)]).drop_duplicates("run", keep="last").sort_values("run")
-        table.to_csv(folder / "runs.csv", index=False)
-        (folder / "README.md").write_text(card(table, target.repo))
-        target.commit(folder, [row["run"] for row in rows], "runs.csv", "README.md")
-
-
-# ----------------------------------------------------------------------------------------------------- the commands
-
-
 @dataclass
 class Push:
     """upload finished runs, in one commit"""
@@ -311,7 +295,7 @@ class List:
 
 @dataclass
 class Publish:
-    """copy finished runs to a public repository"""
+    """copy finished runs to a public repository, and update its table and card"""
 
     patterns: Positional[tuple[str, ...]]  # names of runs or of folders of runs; * stands for anything
     repo: str = ""  # the repository that has them; default: $FOLIO_HUB
@@ -319,14 +303,39 @@ class Publish:
     dry_run: bool = False  # only print how many runs would be copied, and which are left out
 
     def run(self, hub: Hub) -> None:
-        publish(hub, open_hub(self.target, "FOLIO_HUB_PUBLIC"), self.patterns, self.dry_run)
+        target = open_hub(self.target, "FOLIO_HUB_PUBLIC")
+        runs = [run for run in hub.find(bucket=False) if run.finished and fits(run.name, self.patterns)]
+        with tempfile.TemporaryDirectory(prefix="folio-") as temporary:
+            folder, rows = Path(temporary), []
+            for run in hub.pull(folder, runs):
+                about, result = read_args(folder / run.name), read_result(folder / run.name)
+                if not about["commit"] or about["commit"].endswith("-dirty"):
+                    print(f"left out: {run.name} was not made from a clean commit")
+                    continue
+                row = {"run": run.name, "script": Path(about["command"][0]).stem, "commit": about["commit"]}
+                columns = "env_id", "seed", "final_return", "eval_return_mean", "eval_return_std", "steps"
+                rows.append(row | {key: (about["args"] | result).get(key) for key in columns})
+            print(f"{len(rows)} runs from {hub.repo} to {target.repo}")
+            if self.dry_run or not rows:
+                return
+            target.api.create_repo(target.repo, private=False, exist_ok=True)
+            target.api.snapshot_download(target.repo, allow_patterns=["runs.csv"], local_dir=folder)
+            earlier = pd.read_csv(folder / "runs.csv") if (folder / "runs.csv").exists() else None
+            table = pd.concat([earlier, pd.DataFrame(rows)]).drop_duplicates("run", keep="last").sort_values("run")
+            table.to_csv(folder / "runs.csv", index=False)
+            (folder / "README.md").write_text(card(table, target.repo))
+            target.commit(folder, [row["run"] for row in rows], "runs.csv", "README.md")
 
 
-def open_hub(repo: str, variable: str = "FOLIO_HUB") -> Hub:
+def open_hub(repo: str, variable: str = "FOLIO_HUB", missing: Iterable[str] = ()) -> Hub:
+    """The repository, or an error with all that is `missing`."""
     repo = repo or os.environ.get(variable, "")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        fail(f"no repository: {repo!r}; set {variable} to its name, such as you/folio-dev")
-    set_client_factory(lambda: httpx2.Client(follow_redirects=True, timeout=TIMEOUT))
+        missing = [f"no repository {repo or 'given'}: export {variable}=you/folio-dev", *missing]
+    if missing:
+        fail("; ".join(missing))
+    logging.set_verbosity_error()
+    set_client_factory(lambda: Client(follow_redirects=True, timeout=TIMEOUT))
     return Hub(repo)
 
 

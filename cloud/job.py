@@ -8,10 +8,8 @@ if it is finished, nothing is started. If the Hub has nothing, or a run with oth
 (benchmark.runs.difference), the command begins, and its first push replaces that run's state. --many is for commands
 that make many runs below runs/NAME, and resume them by themselves.
 
-Everything is pushed to the bucket every --push-every minutes and when the command ends; then finished runs move to the
-repository, in one commit. So a job that dies, however it dies, is resumed by the same command on any machine. Of a run
-it loses what came after the last checkpoint that was pushed. A push that fails costs the run nothing and is retried; at
-the end for --patience minutes. Of two jobs with one name at the same time, the last push counts.
+Everything is pushed to the bucket every --push-every minutes and at the end, when finished runs move to the repository.
+A push that fails is retried, at the end for --patience minutes. docs/cloud.md has what survives what.
 
 SIGINT and SIGTERM are passed on to the command. The exit code is the command's (128 + n after signal n), 1 if the Hub
 cannot be reached, 2 for bad input.

@@ -88,6 +88,7 @@ def clone(tmp_path, monkeypatch) -> Path:
 def cloud(clone, tmp_path, monkeypatch):
     found = Cloud(tmp_path)
     connect(tmp_path, monkeypatch)
+    monkeypatch.setenv("FOLIO_DSTACK", sys.executable)
     monkeypatch.setattr(dstack, "call", found.call)
     monkeypatch.setattr(dstack, "LOOK", 0.2)
     yield found
@@ -172,6 +173,7 @@ def test_a_task_is_the_template_and_no_secret_is_in_it():
         (dstack, "--template tpu -- python algos/ppo.py"),
         (dstack, "--template cloud/fleet.dstack.yml -- python algos/ppo.py"),
         (dstack, "-- python algos/ppo.py --run-dir runs/x"),
+        (dstack, "submit python algos/ppo.py"),
         (dstack, "list"),
         (job, "../x -- python algos/ppo.py"),
         (job, "x -- python benchmark/run.py"),
@@ -180,13 +182,13 @@ def test_a_task_is_the_template_and_no_secret_is_in_it():
 )
 def test_bad_input_is_one_line(module, words, main, monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("FOLIO_DSTACK", "/bin/false")
-    monkeypatch.setenv("FOLIO_HUB", "me/dev")
+    for name, value in {"FOLIO_DSTACK": "/bin/false", "FOLIO_HUB": "me/dev", "HF_TOKEN": "hf_token"}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.delenv("FOLIO_HUB_PUBLIC", raising=False)
     assert main(module, *words.split(), code=2).startswith("error: ")
 
 
-def test_a_command_is_shown_with_prices_submitted_once_and_stopped(cloud, clone, main, tmp_path):
+def test_a_command_is_shown_with_prices_submitted_once_and_stopped(cloud, clone, main, tmp_path, monkeypatch):
     words = ["python", "algos/fake.py", "--env-id", "A-v1", "--fail", "hang"]
     shown = main(dstack, "submit", "--dry-run", "--cpu", "9", "--", *words)
     assert "'cpu': '9'" in shown and "$0.01" in shown and "[y/n]" not in shown and not cloud.tasks
@@ -199,6 +201,11 @@ def test_a_command_is_shown_with_prices_submitted_once_and_stopped(cloud, clone,
     ((_, process, machine),) = cloud.tasks.values()
     assert process.wait() == 143 and read_json(state / "checkpoint.pt")["step"] == 400
     assert "algos/fake.py" in main(dstack, "logs", "s/r") and describe(machine) == describe(clone)
+    monkeypatch.setenv("FOLIO_HUB", "")
+    monkeypatch.setenv("FOLIO_DSTACK", "")
+    monkeypatch.setattr(dstack, "get_token", lambda: None)
+    error = main(dstack, "--", *words, code=2)  # all that is missing is named
+    assert all(what in error for what in ("FOLIO_HUB=", "'dstack[server]", "HF_TOKEN="))
 
 
 def test_a_suite_is_made_in_the_cloud_and_nothing_twice(cloud, clone, main, tmp_path):

@@ -208,7 +208,8 @@ def test_another_search_is_not_mixed_with_this_one(house, call):
     before = house.times()
     for change in ({"metric": "sps"}, {"steps": 2000}, {"ranges": RANGES}, {"seeds": "2"}, {"fixed": {"pause": 0.1}}):
         house.space(**change)
-        assert call(house, code=2).err.count("\n") == 1 and house.times() == before
+        error = call(house, code=2).err
+        assert error.count("\n") == 1 and "grace" not in error and house.times() == before
     house.space(trials=2)
     house.script.write_text(FAKE.replace("100 - 30", "100 - 20"))
     assert "fake.py" in call(house, code=2).err and house.times() == before
@@ -388,19 +389,20 @@ def test_narrow_keeps_what_mattered_around_the_best(found, call):
     assert len(size.choices) == len(switch.choices) == 1 and (space.pruner, space.seeds) == ("none", "201-203")
     call(found, "narrow", "s", code=2)  # the file may have been edited
     call(found, "search", path, "--jobs", 4)
-    call(found, "validate", "s__narrow", "--seeds", "1001,")
+    call(found, "validate", "s__narrow", "--seeds", "1001-1004")
+    assert f"{rate.low} to {rate.high}\n" in path.read_text() and "fixed" not in path.read_text()
     arms = found.path.glob("studies/s__narrow/validation/*/seed-1001")
     rates = {folder.parent.name: runs.read_args(folder)["args"]["learning_rate"] for folder in arms}
     assert rates.pop("defaults") == 1e-3 and rate.low <= rates.popitem()[1] <= rate.high
 
 
 def test_validate_compares_with_the_defaults_on_fresh_seeds(found, call):
-    done = call(found, "validate", "s", "--seeds", 4, "--jobs", 4)
-    best, table = max(found.trials(), key=lambda x: x.value), pd.read_csv(found.folder / "validation.csv")
+    best, done = max(found.trials(), key=lambda x: x.value), call(found, "validate", "s", "--seeds", 4, "--jobs", 4)
+    path = found.folder / f"validation-{best.number}.md"
+    page, table = path.read_text(), pd.read_csv(path.with_suffix(".csv"))
     tuned = table[table["arm"] == f"trial-{best.number}"]
     assert len(table) == 8 and list(tuned["seed"]) == [1001, 1002, 1003, 1004]
     assert tuned["final_return"].mean() == pytest.approx(best.value - 0.1 + 0.25) and "**Better**" in done.out
-    page = (found.folder / "validation.md").read_text()
     train, evaluate = (shlex.split(line) for line in page.splitlines() if line.startswith("    python "))
     flags, rate = runs.flags_of(train[2:]), float(f"{best.params['learning_rate']:.4g}")
     assert float(flags["learning_rate"]) == rate and flags["total_timesteps"] == "1000"
@@ -410,12 +412,18 @@ def test_validate_compares_with_the_defaults_on_fresh_seeds(found, call):
     before = found.times()
     call(found, "validate", "s", "--seeds", 4)  # nothing is run again
     assert found.times() == before
+    call(found, "validate", "s", "--seeds", "1001-1005")
+    assert path.with_name(f"{path.name}.old-1").read_text() == page != path.read_text()
+    table["final_return"] = [-10, -7.5, -9, -6, -8, -5, -7, -4]  # p = 0.057, but the interval excludes 0
+    page = tuner.validate.report(spaces.load("s.toml", {}), best, table)
+    assert "the test decides" in page and "−10.0 to −7.00" in page
 
 
 def test_validate_refuses_what_would_show_nothing(found, call):
     assert "seed 101" in call(found, "validate", "s", "--seeds", "98-102", code=2).err
     call(found, "validate", "s", "--trial", 99, code=2)
-    call(found, "validate", "s", "--trial", 0, code=1)
+    call(found, "validate", "s", "--seeds", 3, code=2)
+    assert "--trial" in call(found, "validate", "s", "--trial", 0, code=2).err
     assert not (found.folder / "validation").exists()
 
 

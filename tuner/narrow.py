@@ -29,17 +29,14 @@ def narrow(study: optuna.Study, space: Space) -> str:
         start[x.flag] = values[0]
         if shares[x.flag] >= 0.5 / len(space.dimensions) and among[0] != among[-1]:
             ranges[x.flag] = {"choices": among} if x.choices else {"scale": x.scale, "low": among[0], "high": among[-1]}
-        elif x.param_of(default) is not None and (
-            default in values or not x.choices and among[0] < default < among[-1]
-        ):
+        elif x.param_of(default) is not None and (default in among if x.choices else among[0] <= default <= among[-1]):
             start[x.flag] = default
-        lines += [f"# importance {shares[x.flag]:.2f}; the best {len(top)} trials have {', '.join(map(str, among))}"]
+        have = (", " if x.choices else " to ").join(dict.fromkeys(map(str, among)))
+        lines += [f"# importance {shares[x.flag]:.2f}; the best {len(top)} trials have {have}"]
         lines += [f"{x.flag.replace('_', '-')} = {toml(ranges.get(x.flag, {'choices': [start[x.flag]]}))}"]
-    keys = {key: getattr(space, key) for key in ("script", "env", "steps", "metric", "fixed")}
+    keys = {key: value for key in ("script", "env", "steps", "metric", "fixed") if (value := getattr(space, key))}
     keys |= {"name": f"{space.name}__narrow", "seeds": "201-203", "pruner": "none", "trials": 4 * len(ranges) or 1}
-    head = (
-        f"# Narrowed from {space.name}: {len(trials)} trials, the best {trials[0].value:.4g}. Edit it before it runs.\n"
-    )
+    head = f"# Narrowed from {space.name}: {len(trials)} trials, the best {trials[0].value:.4g}. Edit it before use.\n"
     head += "# The first trial is the best one of that search; what did not matter has its default again.\n"
     head += "".join(f"{key} = {toml(value)}\n" for key, value in (keys | {"start": start}).items())
     return "\n".join([head, "[space]", *lines, ""])

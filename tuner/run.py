@@ -111,8 +111,8 @@ def try_out(space: Space, runner: Runner) -> None:
                 runner.watch()
                 time.sleep(TICK)
             if not read_args(job.spec.folder):
-                lines = [line.strip("│╭╰╮╯─ ") for line in job.last_lines() if line[:2] not in ("# ", "$ ")]
-                lines = [line.removeprefix("error: ") for line in lines]
+                lines = [line for line in job.last_lines() if line[:2] not in ("# ", "$ ")]
+                lines = [line.strip("│╭╰╮╯─ ").removeprefix("error: ") for line in lines]
                 why = (" " if job.code == BAD_INPUT else "\n    ").join(filter(None, lines))
                 fail(f"{space.path.name} {shlex.join(job.spec.words)}: {why}", 2 if job.code == BAD_INPUT else 1)
     runner.jobs = []

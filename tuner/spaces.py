@@ -56,9 +56,7 @@ class Dimension:
         if self.choices:
             return CategoricalDistribution(self.choices)
         if self.scale not in SCALES or self.low is None or not self.low < self.high:
-            raise ValueError(
-                f"write {{ low, high }} with low < high and a scale ({', '.join(SCALES)}), or {{ choices }}"
-            )
+            raise ValueError(f"give low < high and one scale of {', '.join(SCALES)}; or give choices")
         low, high = (self.low, self.high) if self.scale != "log(1-x)" else (1 - self.high, 1 - self.low)
         if self.scale == "log2":
             low, high = math.log2(low), math.log2(high)
@@ -97,9 +95,7 @@ class Space:
     seeds: str = "1"  # runs per trial, whose mean is its value: "3" for seeds 101 to 103, or seeds as "101,105-107"
     metric: str = "final_return"  # the number in result.json to maximize
     pruner: str = ""  # "asha", "median" or "none"; default: asha, or median for fewer than 20 trials
-    grace: int = (
-        0  # no pruning before this step; default: 1/16 of the budget (median: 1/5), at least 10,000 or half of it
-    )
+    grace: int = 0  # no pruning before this step; default: 1/16 of steps (median: 1/5), at least 10,000 or half of it
     reduction: int = 4  # asha: one trial in so many survives grace, grace * reduction, ...
     fixed: dict = field(default_factory=dict)  # flags of the task, for all runs, also the defaults' in a validation
     start: dict = field(default_factory=dict)  # the first trial, where it differs from the script's defaults
@@ -184,8 +180,11 @@ def read(content: dict, path: Path) -> Space:
     }
     for mistake in (mistake for mistake, is_so in mistakes.items() if is_so):
         raise SuiteError(f"{where}: {mistake}")
+    known = [x.name for x in fields(Dimension) if x.name != "flag"]
     for flag, table in space.space.items():
         try:
+            if unknown := [key for key in (table if isinstance(table, dict) else [table]) if key not in known]:
+                raise ValueError(f"unknown key {unknown[0]}; known: {', '.join(known)}")
             _ = Dimension(flag, **table).distribution
         except (TypeError, ValueError) as error:
             raise SuiteError(f"{where}: {flag.replace('_', '-')}: {error}") from None

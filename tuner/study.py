@@ -105,8 +105,10 @@ def open_study(space: Space, storage: BaseStorage, folder: Path) -> optuna.Study
     if not study.get_trials(deepcopy=False):
         study.set_user_attr("space", ours)
     had = study.user_attrs.get("space", {})
-    differs = [key for key in ours if had.get(key) != ours[key] and key not in ("script", "trials")]
-    if what := ", ".join(space.path.name if key == "code" else key for key in differs):
+    differs = {key for key in ours if had.get(key) != ours[key] and key not in ("script", "trials")}
+    differs -= {"grace"} if differs & {"steps", "pruner", "reduction"} else set()  # they set its default
+    names = {"code": space.path.name, "pruner": f"pruner (it was {had.get('pruner')}; --trials sets its default)"}
+    if what := ", ".join(names.get(key, key) for key in ours if key in differs):
         fail(f"study {space.name} is another search: {what} changed. Choose another --name, or delete {shown(folder)}")
     return study
 

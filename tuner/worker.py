@@ -2,12 +2,7 @@
 
 Any number of workers may share a study. The first trial has the script's defaults; the others are sampled when a worker
 takes them. A worker locks its trials (study.py), so a running trial without a lock is one whose worker has died: the
-next worker adopts it, and resumes its runs from their checkpoints. How a trial ends:
-
-    complete    every seed has a result; the value is their mean
-    pruned      Optuna's pruner gave up on it when all seeds had passed a milestone, or a seed diverged (exit code 3)
-    fail        any other exit code, no result, or half an hour of silence
-    refused     exit code 2, bad input: it stays unfinished, and is resumed when the search is started again
+next worker adopts it, and resumes its runs from their checkpoints. docs/tuning.md lists how a trial ends.
 """
 
 import math
