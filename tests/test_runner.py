@@ -336,18 +336,6 @@ def test_each_run_sees_its_gpu_and_only_scripts_that_use_one_get_one(house, monk
 # ----------------------------------------------------------------------------------------------------------- progress
 
 
-def test_the_table_fits_the_terminal(house):
-    house.suite(seeds=40)
-    jobs = [house.job(seed) for seed in range(1, 41)]
-    states = ["done"] * 20 + ["waiting"] * 15 + ["failed", "stale", "running", "running", "elsewhere"]
-    for job, state in zip(jobs, states, strict=True):
-        job.state = state
-    for height in (10, 24, 100):
-        rows = list(runner.table(jobs, "", height).columns[1].cells)
-        assert len(rows) == min(40, height - 4) and rows[:3] == ["running", "running", "elsewhere"]
-    assert {"done", "waiting", "failed", "stale"} < set(runner.table(jobs, "", 24).columns[1].cells)
-
-
 @pytest.mark.slow
 def test_the_smoke_suite_killed_three_times_gives_the_same_results(tmp_path):
     """Real scripts: their episodes and evaluations are the same to the bit."""
