@@ -175,7 +175,8 @@ def main() -> None:
     if args.save:
         title = {"cleanrl": "CleanRL", "sb3": "Stable-Baselines3"}[args.peer]
         row = {"script": args.script.stem, "env": peer["env_id"], "device": args.device, "peer": title}
-        row |= {"version": peer["versions"].get("stable_baselines3", ""), "threads": about["threads"], "steps": steps}
+        version = peer["versions"]["stable_baselines3"] if args.peer == "sb3" else ""  # CleanRL has none
+        row |= {"version": version, "threads": about["threads"], "steps": steps}
         row |= {"pairs": args.repeats, "flags": " ".join(extra), "ours": np.median(ours), "theirs": np.median(theirs)}
         row |= {"ratio": middle, "ratio_min": low, "ratio_max": high, "cpu": about["cpu"], "gpu": about["gpu"]}
         save(row | {"commit": about["commit"], "date": time.strftime("%Y-%m-%d")})
