@@ -214,13 +214,13 @@ def summary(cells: pd.DataFrame) -> list[str]:
     return table(rows)
 
 
-def falls_short(cells: pd.DataFrame) -> list[str]:
+def missed_targets(cells: pd.DataFrame) -> list[str]:
     lines = []
     for x in cells[cells["ran"]].itertuples():
         missed = [] if x.met else [f"{form(x.finals.mean())} against the target {exact(x.target)}"]
         missed += [peer["short"] for peer in x.peers if peer["is below"]]
         lines += [f"- `{x.label}` on {x.env}: {'; '.join(missed)}. {x.tried}".strip()] * bool(missed)
-    return ["## What falls short", "", *lines] if lines else []
+    return ["## Missed targets", "", *lines] if lines else []
 
 
 def anchor(title: str) -> str:
@@ -272,7 +272,7 @@ def generate(args: Args) -> tuple[pd.DataFrame, str, dict[str, partial]]:
         lines += suite_section(title, of, normalized(of, reference))
         for env, those in of[of["ran"]].groupby("env", sort=False):
             figures[plot_name(of["suite"].iloc[0], env)] = partial(draw_curves, env, those, styles)
-    return cells, "\n".join([*lines, *falls_short(cells)]).rstrip() + "\n", figures
+    return cells, "\n".join([*lines, *missed_targets(cells)]).rstrip() + "\n", figures
 
 
 def as_html(text: str, figures: dict[str, partial]) -> str:

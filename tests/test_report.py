@@ -116,7 +116,7 @@ def test_published_scores_stand_beside_the_closest_metric_and_budget(toys):
 
 
 def test_what_falls_short_is_listed_once_with_what_was_tried(toys):
-    (part,) = re.findall(r"## What falls short\n(.*)", toys.text, re.S)
+    (part,) = re.findall(r"## Missed targets\n(.*)", toys.text, re.S)
     assert "325.0 against the target 475" in part and "`sac`" not in part
     (line,) = (line for line in part.splitlines() if "`ppo`" in line)
     assert "410.0 against CleanRL's 490.04" in line and line.endswith(". More was worse.")
@@ -157,7 +157,7 @@ def test_the_committed_page_is_up_to_date():
     assert text == (args.out / "BENCHMARKS.md").read_text()
     assert report.readme((ROOT / "README.md").read_text(), cells) == (ROOT / "README.md").read_text()
     assert {path.name for path in (args.out / "plots").glob("*.svg")} == set(figures)
-    assert all(len(table.columns) <= 8 for table in tables(text)) and text.count("What falls short\n") == 1
+    assert all(len(table.columns) <= 8 for table in tables(text)) and text.count("Missed targets\n") == 1
     findings = (args.out / "findings.md").read_text()
     anchors = {report.anchor(title) for title in re.findall(r"^#+ (.*)", findings, re.M)}
     assert set(re.findall(r"\(findings\.md#([^)]*)\)", text)) <= anchors
