@@ -121,10 +121,12 @@ def published(entry: suites.Entry, mine: pd.DataFrame, reference: pd.DataFrame) 
 def normalized(of: pd.DataFrame, reference: pd.DataFrame) -> dict[str, dict[str, np.ndarray]]:
     """Algorithm -> environment -> scores, on a scale from random (0) to the target or, on Atari, to human (1)."""
     known, found = reference.set_index(["source", "algo", "env_id"])["score"], {}
-    targets = of.groupby("env")["target"].max()
-    for x in of[of["ran"]].itertuples():
+    targets, chance = of.groupby("env")["target"].max(), of["algo"] == "random_policy"
+    measured = of[chance & of["ran"]].set_index("env")["finals"].map(np.mean)
+    for x in of[of["ran"] & ~chance].itertuples():
         source = "DQN Zoo" if x.env.startswith("ALE/") else "SLM-Lab"
         low, high = (known.get((source, name, x.env), math.nan) for name in ("random", "human"))
+        low = low if x.env.startswith("ALE/") else measured.get(x.env, low)
         high = targets[x.env] if math.isnan(high) else high
         if high > low:
             found.setdefault(x.algo, {})[x.env] = (x.finals - low) / (high - low)
@@ -206,7 +208,8 @@ def summary(cells: pd.DataFrame) -> list[str]:
         row = {"suite": f"[{title}](#{anchor(title)})", "entries with runs": f"{of['ran'].sum()} of {len(of)}"}
         older = sum((x.runs["code"] != runs.code_hash(x.script.read_text())).sum() for x in of[of["ran"]].itertuples())
         row["runs"] = f"{counts.sum()} of {np.maximum(counts, of['seeds']).sum()}" + f" ({older}†)" * bool(older)
-        row["targets met"] = f"{of['met'].sum()} of {of['ran'].sum()}" if of["ran"].any() else "–"
+        aimed = of[of["ran"] & of["target"].notna()]
+        row["targets met"] = f"{aimed['met'].sum()} of {len(aimed)}" if len(aimed) else "–"
         for source in ("SLM-Lab", "CleanRL", "rl-zoo3"):
             below = [peer["is below"] for peer in of["peers"].explode().dropna() if peer["source"] == source]
             row[f"at or above {source}"] = f"{len(below) - sum(below)} of {len(below)}" if below else "–"

@@ -133,11 +133,12 @@ def test_scores_are_on_one_scale():
     """From random to the highest target of the environment, or to the human score on Atari."""
     rows = [("CartPole-v1", "ppo", 475, 475), ("CartPole-v1", "dqn", 400, 22.97), ("ALE/Pong-v5", "ppo", 1, 14.6)]
     rows += [("Unknown-v0", "ppo", 1, 1), ("Acrobot-v1", "ppo", -500, 0)]  # no random score; a target below it
+    rows += [("Own-v0", "random_policy", np.nan, 0.5), ("Own-v0", "sac", 1, 0.75)]  # a random score of our own
     cells = pd.DataFrame(rows, columns=["env", "algo", "target", "score"]).assign(ran=True)
     cells["finals"] = [np.array([score]) for score in cells["score"]]
     scores = report.normalized(cells, pd.read_csv(results.REFERENCE))
     found = {f"{algo} {env}": score for algo, by_env in scores.items() for env, (score,) in by_env.items()}
-    assert found == pytest.approx({"ppo CartPole-v1": 1, "ppo ALE/Pong-v5": 1, "dqn CartPole-v1": 0}, abs=1e-3)
+    assert found == pytest.approx({"ppo CartPole-v1": 1, "ppo ALE/Pong-v5": 1, "dqn CartPole-v1": 0, "sac Own-v0": 0.5}, abs=1e-3)
 
 
 def test_readme_gets_a_table_of_the_baseline_with_commands(toys, tmp_path):
