@@ -18,7 +18,7 @@ Details that matter, beyond those of ppo.py:
 - Observations end with a flag that is 1 at the first step of an episode. There the LSTM's state is reset to 0.
 - A minibatch is whole sequences of some environments, unrolled from the state with which the rollout began.
 - The final observation of a truncated episode is valued with the state that led to it, before the reset.
-- Normalized observations: the LSTM has to see velocities in small differences of positions.
+- The LSTM sees a velocity as a small difference of two positions: scale observations so that it is not too small.
 
 Unlike Huang et al.: separate networks, each with an LSTM, because unscaled returns would drown the policy's gradient.
 Not included: continuous actions, images, gradients or recomputed states beyond the beginning of a rollout.
@@ -74,7 +74,6 @@ class Args:
     ent_coef: float = 0.01  # entropy coefficient
     vf_coef: float = 0.5  # value loss coefficient
     max_grad_norm: float = 0.5  # maximum global norm of the gradient
-    norm_obs: bool = True  # normalize observations by running statistics, and clip them to [-10, 10]
     hidden_size: int = 64  # units of the LSTM (H) and of the layer before it
     target_kl: float = 0.0  # stop the epochs on a rollout when the approximate KL divergence exceeds this; 0: never
 
@@ -107,24 +106,6 @@ def layer_init(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
     return layer
 
 
-class RunningMeanStd(nn.Module):
-    """Running mean and variance (Chan et al. 1979), stored as buffers so that they are saved with the agent."""
-
-    def __init__(self, *shape: int) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
-        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-
-    def update(self, x: Tensor) -> None:
-        """Add the rows of x (B, *shape)."""
-        delta, total = x.mean(0) - self.mean, self.count + len(x)
-        m2 = self.var * self.count + x.var(0, correction=0) * len(x) + delta.square() * self.count * len(x) / total
-        self.mean += delta * len(x) / total
-        self.var.copy_(m2 / total)
-        self.count.copy_(total)
-
-
 class Recurrent(nn.Module):
     """A layer, an LSTM, and a linear head. The state of B environments, (2, B, H), is h and c of the LSTM."""
 
@@ -150,7 +131,7 @@ class Recurrent(nn.Module):
 
 
 class Agent(nn.Module):
-    """Separate networks for the policy (actor) and the value function (critic), and running statistics.
+    """Separate networks for the policy (actor) and the value function (critic).
 
     The state of B environments (4, B, H) has h and c of the actor, then those of the critic. The last entry of an
     observation is 1 in the first step of an episode, otherwise 0.
@@ -161,20 +142,13 @@ class Agent(nn.Module):
         obs_dim, num_actions = envs.single_observation_space.shape[0] - 1, int(envs.single_action_space.n)
         self.actor = Recurrent(obs_dim, args.hidden_size, num_actions, std=0.01)
         self.critic = Recurrent(obs_dim, args.hidden_size, 1, std=1.0)
-        self.obs_stats, self.norm_obs, self.acting_state = RunningMeanStd(obs_dim), args.norm_obs, None
-
-    def normalize(self, obs: Tensor) -> Tensor:
-        """Raw observations (..., D), float64 -> what the networks see, float32."""
-        if self.norm_obs:
-            x = (obs[..., :-1] - self.obs_stats.mean) / (self.obs_stats.var + 1e-8).sqrt()
-            obs = torch.cat([x.clamp(-10, 10), obs[..., -1:]], -1)
-        return obs.float()
+        self.acting_state = None
 
     def initial_state(self, num_envs: int) -> Tensor:
         return torch.zeros(4, num_envs, self.actor.lstm.hidden_size, device=self.actor.head.weight.device)
 
     def logprob_entropy_value(self, obs: Tensor, actions: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """log pi(a|s), the entropy of pi(.|s), and V(s), all (T, B): normalized (T, B, D), (T, B), (4, B, H)."""
+        """log pi(a|s), the entropy of pi(.|s), and V(s), all (T, B): (T, B, D), (T, B), (4, B, H)."""
         logits, _ = self.actor(obs, state[:2])
         values, _ = self.critic(obs, state[2:])
         logprobs = logits.log_softmax(-1)
@@ -182,45 +156,44 @@ class Agent(nn.Module):
         return logprobs.gather(-1, actions.unsqueeze(-1)).squeeze(-1), entropy, values.squeeze(-1)
 
     def value(self, obs: Tensor, state: Tensor) -> Tensor:
-        """V of single steps, normalized observations: (B, D), (4, B, H) -> (B,)."""
+        """V of single steps: (B, D), (4, B, H) -> (B,)."""
         return self.critic(obs.unsqueeze(0), state[2:])[0].flatten()
 
     @torch.no_grad()
     def sample(self, obs: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Actions sampled from the policy, next state; raw observations: (N, D), (4, N, H) -> (N,), (4, N, H)."""
-        obs = self.normalize(obs.unsqueeze(0))
-        logits, actor_state = self.actor(obs, state[:2])
-        _, critic_state = self.critic(obs, state[2:])
+        """Actions sampled from the policy, and the next state: (N, D), (4, N, H) -> (N,), (4, N, H)."""
+        logits, actor_state = self.actor(obs.unsqueeze(0), state[:2])
+        _, critic_state = self.critic(obs.unsqueeze(0), state[2:])
         gumbel = -torch.empty_like(logits).exponential_().log()
         actions = (logits + gumbel).argmax(-1)  # distributed as Categorical(logits=logits).sample(), but faster
         return actions.squeeze(0), torch.cat([actor_state, critic_state])
 
     @torch.no_grad()
     def act(self, obs: Tensor) -> Tensor:
-        """Greedy actions, for the evaluation, raw observations: (N, D) -> (N,). Remembers the state for the next."""
+        """Greedy actions, for the evaluation: (N, D) -> (N,). Remembers the state for the next call."""
         state = self.initial_state(len(obs))[:2] if obs[:, -1].all() else self.acting_state  # all begin
-        logits, self.acting_state = self.actor(self.normalize(obs.unsqueeze(0)), state)
+        logits, self.acting_state = self.actor(obs.unsqueeze(0), state)
         return logits.squeeze(0).argmax(-1)
 
 
 class Adapter(gym.Wrapper):
-    """Observations as float64 copies (some environments reuse their array), no infos, actions as the space has them.
+    """Observations as float32 copies (some environments reuse their array), no infos, actions as the space has them.
 
     Appends an entry to observations: 1 in the first step of an episode, otherwise 0.
     """
 
     def __init__(self, env: gym.Env) -> None:
         super().__init__(env)
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (env.observation_space.shape[0] + 1,), np.float64)
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (env.observation_space.shape[0] + 1,), np.float32)
 
     def reset(self, **kwargs):
         obs, _ = self.env.reset(**kwargs)
-        return np.append(obs, 1).astype(np.float64), {}
+        return np.append(obs, 1).astype(np.float32), {}
 
     def step(self, action):
         action = self.action_space.dtype.type(action + self.action_space.start)
         obs, reward, terminated, truncated, _ = self.env.step(action)
-        return np.append(obs, 0).astype(np.float64), np.asarray(reward, np.float64).item(), terminated, truncated, {}
+        return np.append(obs, 0).astype(np.float32), np.asarray(reward, np.float64).item(), terminated, truncated, {}
 
 
 def make_envs(args: Args, num_envs: int, render: bool = False) -> gym.vector.VectorEnv:
@@ -297,7 +270,7 @@ def train(args: Args) -> None:
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     loss_fn = torch.compile(ppo_loss) if args.compile else ppo_loss
 
-    obs, next_obs = np.zeros((2, T, N, *envs.single_observation_space.shape))
+    obs, next_obs = np.zeros((2, T, N, *envs.single_observation_space.shape), np.float32)
     actions, rewards = np.zeros((T, N), np.int64), np.zeros((T, N), np.float32)
     terminations, dones = np.zeros((2, T, N), bool)  # NumPy arrays: one transfer to the device per rollout
     state = agent.initial_state(N)
@@ -322,10 +295,9 @@ def train(args: Args) -> None:
             run.record(global_step, reward, dones[t])
 
         # Compute log-probabilities (of the weights that acted), values, and advantages of the whole rollout at once
-        b_raw_obs, b_raw_next_obs, b_actions, b_rewards, b_terminations, b_dones = (
+        b_obs, b_next_obs, b_actions, b_rewards, b_terminations, b_dones = (
             torch.from_numpy(x).to(device) for x in (obs, next_obs, actions, rewards, terminations, dones)
         )
-        b_obs, b_next_obs = agent.normalize(b_raw_obs), agent.normalize(b_raw_next_obs)
         with torch.no_grad():
             b_logprobs, _, b_values = agent.logprob_entropy_value(b_obs, b_actions, initial_state)
             next_values = agent.value(b_next_obs.flatten(0, 1), states.transpose(0, 1).flatten(1, 2))
@@ -347,8 +319,6 @@ def train(args: Args) -> None:
             if 0 < args.target_kl < metrics["losses/approx_kl"]:
                 break
 
-        if args.norm_obs:  # not earlier: the gradient steps have to see what the policy saw
-            agent.obs_stats.update(b_raw_obs[..., :-1].flatten(0, 1))
         explained = 1 - (b_returns - b_values).var(correction=0) / (b_returns.var(correction=0) + 1e-8)
         charts = {"charts/learning_rate": optimizer.param_groups[0]["lr"], "losses/explained_variance": explained}
         run.log(global_step, history, charts)

@@ -7,28 +7,31 @@ from gymnasium.spaces import Box, Discrete
 
 
 class NoVelocity:
-    """Observe only the entries `visible` of what the next base class shows."""
+    """Observe only the entries `visible` of what the next base class shows, divided by `units`."""
 
     def __init__(self, **kwargs) -> None:
         super().__init__(**kwargs)
         low, high = self.observation_space.low, self.observation_space.high
-        self.observation_space = Box(low[self.visible], high[self.visible])
+        self.observation_space = Box(self.show(low), self.show(high))
+
+    def show(self, obs: np.ndarray) -> np.ndarray:
+        return obs[self.visible] / np.float32(self.units)
 
     def reset(self, **kwargs):
         obs, info = super().reset(**kwargs)
-        return obs[self.visible], info
+        return self.show(obs), info
 
     def step(self, action):
         obs, *rest = super().step(action)
-        return obs[self.visible], *rest
+        return self.show(obs), *rest
 
 
-class CartPoleNoVelocity(NoVelocity, CartPoleEnv):
-    visible = [0, 2]  # the position of the cart, the angle of the pole
+class CartPoleNoVelocity(NoVelocity, CartPoleEnv):  # small units: velocities have to be seen in small differences
+    visible, units = [0, 2], [0.2, 0.05]  # the position of the cart (m), the angle of the pole (rad)
 
 
 class PendulumNoVelocity(NoVelocity, PendulumEnv):
-    visible = [0, 1]  # cosine and sine of the angle
+    visible, units = [0, 1], [1, 1]  # cosine and sine of the angle
 
 
 class KeyDoorTreasure(gym.Env):
