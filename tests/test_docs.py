@@ -1,0 +1,76 @@
+"""The documentation site: it builds without warnings and without PyTorch, and its pages are complete."""
+
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT, SCRIPTS, TIMEOUT
+
+pytest.importorskip("mkdocs")
+PAGES = {path.stem: path.read_text() for path in sorted((ROOT / "docs" / "algorithms").glob("*.md"))}
+SECTIONS = re.findall("^## (.*)", PAGES.pop("template"), re.M)
+del PAGES["index"]
+WITHOUT_PAGE = set(SCRIPTS) - {"ppo", "dqn"}
+BUILD = "import sys; sys.modules['torch'] = None; from mkdocs.__main__ import cli; cli()"
+
+
+def sections(page: str) -> dict[str, str]:
+    return dict(re.findall(r"^## (.*)\n((?:(?!## ).*\n)*)", page, re.M))
+
+
+def test_the_site_builds(tmp_path):
+    """Strictly, so that every link, anchor, and directive is right. No page loads anything from elsewhere."""
+    words = [sys.executable, "-c", BUILD, "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    files = [path for path in (tmp_path / "site").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 15e6
+    loads = r"""<(?:script|link|img|iframe|video)\b[^>]*?(?:src|href)=["']?(?:https?:)?//[^>]*>"""
+    assert [path for path in files if path.suffix == ".html" and re.search(loads, path.read_text())] == []
+
+
+def test_every_script_has_a_page_or_is_waiting_for_one():
+    assert set(PAGES) == set(SCRIPTS) - WITHOUT_PAGE and WITHOUT_PAGE <= set(SCRIPTS)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_is_complete(name):
+    page, code = PAGES[name], (ROOT / "algos" / f"{name}.py").read_text()
+    parts = sections(page)
+    assert list(parts) == SECTIONS and all(text.strip() for text in parts.values())
+    assert page.startswith("# ") and f"{{{{ about {name} }}}}" in page and f"{{{{ video {name} " in page
+    equations = re.split("^### ", parts["The equations and their code"], flags=re.M)[1:]
+    assert [x.split("\n")[0] for x in equations if "$$" not in x or f"{{{{ source {name}." not in x] == []
+    assert len(equations) >= 2
+    assert f"{{{{ flag {name}." in parts["Hyperparameters"] and f"{{{{ flags {name} }}}}" in parts["Hyperparameters"]
+    assert f"{{{{ results {name} }}}}" in parts["Results"]
+    assert re.search(rf"\{{\{{ diff \w+ {name} \}}\}}", parts["What changed"])
+    tag = r"\b(?:losses|charts)/\w+"
+    logged = set(re.findall(tag, code.partition("# ------------------- The run")[0]))
+    assert logged <= set(re.findall(tag, parts["Logged metrics"])) <= set(re.findall(tag, code))
+    known = {x.replace("_", "-") for x in re.findall(r"^    (\w+): .*  # ", code, re.M)}
+    used = {x for line in re.findall(rf"algos/{name}\.py.*(?:\\\n.*)*", page) for x in re.findall(r" --([\w-]+)", line)}
+    assert {x for x in used if not {x, x.removeprefix("no-")} & known} == set()
+
+
+MISTAKES = {
+    "source ppo.gea": "there is no 'gea'",
+    'source ppo.train "for t in range(T)" "no such line"': "none from there on",
+    "source nope.gae": "there is no algos/nope.py",
+    "flag ppo.gama": "there is no flag 'gama'",
+    "results nope": "there is no algos/nope.py",
+    "sauce ppo": "there are about, algorithms",
+}
+
+
+@pytest.mark.parametrize("directive, message", MISTAKES.items())
+def test_a_mistake_in_a_directive_ends_the_build(directive, message, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import hooks
+    from mkdocs.exceptions import PluginError
+
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="algorithms/x.md"))
+    with pytest.raises(PluginError, match=re.escape(message)):
+        hooks.on_page_markdown(f"text\n\n{{{{ {directive} }}}}\n", page, config=None, files=None)
