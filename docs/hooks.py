@@ -172,21 +172,29 @@ def chart() -> dict[str, tuple[str, str]]:
     return {stem: (adds, envs) for stem, adds, envs in rows}
 
 
+def link(page, files, stem: str) -> str:
+    """To the page of an algorithm; while there is none, to its source."""
+    there = files.get_file_from_path(f"algorithms/{stem}.md") or files.get_file_from_path(shown(f"algos/{stem}.py"))
+    return f'<a href="{get_relative_url(there.url, page.url)}">{stem}</a>'
+
+
 def algorithms(page, files) -> str:
     rows = []
     for stem, (adds, envs) in chart().items():
         ran = [x for x in entries().itertuples() if x.script.stem == stem and x.ran]
         best = sorted(ran, key=lambda x: TELLING.index(x.env) if x.env in TELLING else len(TELLING))[:1]
         scores = [f"{report.describe(x)['training return'].split(' [')[0]} {environment(x.env)}" for x in best]
-        has_page = files.get_file_from_path(f"algorithms/{stem}.md")
-        row = {"algorithm": f"[`{stem}`](/{f'docs/algorithms/{stem}.md' if has_page else f'algos/{stem}.py'})"}
+        row = {"algorithm": f"<code>{link(page, files, stem)}</code>"}
         row |= {"what it adds to the one before": adds, "environments": envs}
         rows.append(row | {"training return": "".join(scores) or "not run yet"})
     return "\n".join(report.table(rows))
 
 
 def drawing(page, files) -> str:
-    return "\n```" + (runs.SCRIPTS / "README.md").read_text().split("```")[1] + "```\n"
+    lines = (runs.SCRIPTS / "README.md").read_text().split("```")[1].strip("\n")
+    names = "|".join(rf"\b{stem}\b" for stem in chart())
+    lines = re.sub(names, lambda match: link(page, files, match[0]), lines)
+    return f'<div class="highlight"><pre><code>{lines}</code></pre></div>'
 
 
 def about(page, files, stem: str) -> str:
@@ -224,7 +232,7 @@ def copy(path: Path, title: str) -> str:
     else:
         language = path.suffix[1:] if path.suffix in (".py", ".toml") else "text"
         body = f'````` {{.{language} linenums="1"}}\n{path.read_text()}`````'
-    return f"---\ntitle: {title}\nsearch: {{ exclude: true }}\n---\n\n# {title}\n\n{body}\n"
+    return f"---\ntitle: {title}\nhide: [navigation, toc]\nsearch: {{ exclude: true }}\n---\n\n# {title}\n\n{body}\n"
 
 
 def on_config(config):

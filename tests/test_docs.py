@@ -12,7 +12,8 @@ pytest.importorskip("mkdocs")
 PAGES = {path.stem: path.read_text() for path in sorted((ROOT / "docs" / "algorithms").glob("*.md"))}
 SECTIONS = re.findall("^## (.*)", PAGES.pop("template"), re.M)
 del PAGES["index"]
-WITHOUT_PAGE = set(SCRIPTS) - {"ppo", "dqn"}
+WITHOUT_PAGE = """a2c_gae a2c_gae_continuous a2c_sil a3c dqn_per ppo_atari ppo_continuous ppo_lstm ppo_sil pqn qr_dqn
+    random_policy reinforce sac_continuous sac_discrete sarsa"""
 BUILD = "import sys; sys.modules['torch'] = None; from mkdocs.__main__ import cli; cli()"
 
 
@@ -32,7 +33,7 @@ def test_the_site_builds(tmp_path):
 
 
 def test_every_script_has_a_page_or_is_waiting_for_one():
-    assert set(PAGES) == set(SCRIPTS) - WITHOUT_PAGE and WITHOUT_PAGE <= set(SCRIPTS)
+    assert sorted([*PAGES, *WITHOUT_PAGE.split()]) == SCRIPTS
 
 
 @pytest.mark.parametrize("name", PAGES)
