@@ -359,7 +359,7 @@ def test_batches_hold_what_happened(script, n_step, buffer_size, watch):
             k = np.round(np.log(discounts) / np.log(0.9)).astype(int)
         else:
             (obs, actions, returns, next_obs, terminations), k = given[-5:], np.ones(len(given[-1]), int)
-        if script == "sac_continuous":
+        if script.endswith("_continuous"):
             actions = np.clip(actions * [2, 1.25] + [1, -0.75], [-1, -2], [3, 0.5])
         first, last = truth(obs), truth(obs + np.outer(k - 1, [0, 0, 1]))
         np.testing.assert_allclose(actions, first.actions, atol=1e-6)

@@ -28,6 +28,7 @@ OWN_PROBE_FLAGS = {  # on top, for scripts that learn in another rhythm
     "dqn_per": TARGET_NETWORK,
     "qr_dqn": TARGET_NETWORK,
     "pqn": EPSILON,
+    "tqc_continuous": {"n_critics": 2, "n_quantiles": 5, "top_quantiles_to_drop_per_net": 1},
 }
 
 GOALS = {"CartPole-v1": 195, "Pendulum-v1": -400, "InvertedPendulum-v5": 300}  # mean return of 20 training episodes
@@ -94,7 +95,9 @@ def learn(train):
                 return agent.value(obs)
             if not hasattr(agent, "critics"):  # Q
                 return agent(obs).amax(-1)
-            return agent.critics(obs, agent.act(obs)).amin(0) if is_continuous else agent.critics(obs).mean(0).amax(-1)
+            if not is_continuous:
+                return agent.critics(obs).mean(0).amax(-1)
+            return agent.critics(obs, agent.act(obs)).amin(0).mean()  # the mean: over the quantiles in TQC
 
         @torch.no_grad()
         def ask(method, x: float) -> float:
