@@ -1,6 +1,6 @@
 """DQN and its replay: buffers, priorities and losses against brute force, a run against what really happened.
 
-The parts that SAC has too (replay, when to update) are tested here for both.
+What SAC and its relatives have too (replay, when to update) is tested here for all.
 """
 
 import math
@@ -9,14 +9,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import having, load, make_agent, make_args
+from conftest import family, having, load, make_agent, make_args
 from environments import Counter
 from gymnasium.spaces import Box, Discrete
 from test_ppo import truth
 from torch.nn.utils import parameters_to_vector
 
-REPLAY, PER, SAC = having("ReplayBuffer"), having("SumTree"), having("Critics")
-DQN = [name for name in REPLAY if name not in SAC]
+REPLAY, PER, ACTOR = having("ReplayBuffer"), having("SumTree"), [*having("actor_loss"), *having("sac_loss")]
+DQN = [name for name in REPLAY if name not in ACTOR]
 NAMES = "double_dqn_loss", "dqn_loss", "qr_dqn_loss", "critic_loss", "sac_loss"
 LOSSES = {name: loss for loss in NAMES for name in having(loss)}
 
@@ -396,17 +396,18 @@ def test_updates_are_counted_in_environment_steps(script, N, train_frequency, gr
 DQN_CASES = [(name, *case) for name in DQN for case in [(3, 7, 0.25), (3, 3, 1.0), (1, 15, 1.0)]]
 
 
-@pytest.mark.parametrize("script, N, frequency, tau", [*DQN_CASES, *((name, 3, 0, 0.02) for name in SAC)])
+@pytest.mark.parametrize("script, N, frequency, tau", [*DQN_CASES, *((name, 3, 0, 0.02) for name in ACTOR)])
 def test_target_begins_as_a_copy_and_moves_when_due(script, N, frequency, tau, watch):
-    """By tau, in SAC after every update, of which there are two in a row."""
+    """By tau, with a separate actor after every update, of which there are two in a row."""
     updates, seen = 1 if frequency else 2, []
 
     def look(agent, target, *_):
-        nets = agent.critics if script in SAC else agent, target
+        nets = agent if type(target) is type(agent) else agent.critics, target  # of DQN, or of actor and critics too
         seen.append([parameters_to_vector(net.parameters()).detach().clone() for net in nets])
 
     flags = {"num_envs": N, "total_timesteps": 40 * N, "train_frequency": N, "gradient_steps": updates, "batch_size": 4}
-    watch(script, look, target_network_frequency=frequency, tau=tau, learning_rate=0.01, q_lr=0.01, **flags)
+    flags |= {"target_network_frequency": frequency, "policy_frequency": 1}
+    watch(script, look, tau=tau, learning_rate=0.01, q_lr=0.01, **flags)
     assert len(seen) == 40 * updates and seen[0][0].equal(seen[0][1])
     assert script in DQN or not torch.equal(*seen[0][0].chunk(2))  # the two critics begin different
     moved = 0

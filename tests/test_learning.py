@@ -58,6 +58,7 @@ def test_learning_rate_and_gradient_norm(script, anneal_lr, train, monkeypatch):
         monkeypatch.setattr(torch.optim, name, watched(getattr(torch.optim, name)))
     flags = {"num_envs": 2, "num_steps": 1, "num_minibatches": 1, "update_epochs": 1, "total_timesteps": 10}
     flags |= {"learning_starts": 0, "train_frequency": 2, "gradient_steps": 1, "max_grad_norm": 1e-3, "sil_updates": 0}
+    flags |= {"policy_frequency": 1}
     if script == "reinforce":  # episodes of 3 steps
         flags |= {"num_envs": 1, "episodes_per_update": 1, "total_timesteps": 15}
     if script in ATARI:
@@ -93,6 +94,8 @@ def learn(train):
         def value(obs: torch.Tensor) -> torch.Tensor:
             if hasattr(agent, "value"):
                 return agent.value(obs)
+            if hasattr(agent, "critic"):  # DDPG, whose critic has an action
+                return agent.critic(obs, agent.act(obs))
             if not hasattr(agent, "critics"):  # Q
                 return agent(obs).amax(-1)
             if not is_continuous:

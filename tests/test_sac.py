@@ -15,7 +15,8 @@ from environments import Counter
 from test_ppo import gradients
 from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
 
-SAC, CONTINUOUS, DISCRETE = having("Critics"), having("tanh_logprob"), having("soft_values")
+CONTINUOUS, DISCRETE = having("tanh_logprob"), having("soft_values")
+SAC, ACTOR = [*CONTINUOUS, *DISCRETE], [*having("actor_loss"), *DISCRETE]  # ACTOR: also those without entropy
 TWINS = ["sac_continuous"]  # the losses of the others are in their own tests
 
 B = 50  # rows of a batch
@@ -246,7 +247,7 @@ def test_target_entropy_is_annealed(script, play, spy):
     np.testing.assert_allclose(fractions, 0.8 - 0.6 * np.arange(30, 300, 3) / 300, rtol=1e-5)
 
 
-@pytest.mark.parametrize("script", SAC)
+@pytest.mark.parametrize("script", ACTOR)
 def test_first_actions_are_uniform(script, play):
     flags = {"total_timesteps": 3000, "learning_starts": 3000, "random_repeat": 1}
     actions = np.array([env.actions for env in play(script, **flags)])
@@ -260,24 +261,24 @@ def test_first_actions_are_uniform(script, play):
     assert np.abs(together - np.eye(3)).max() < 0.15  # each environment by itself
 
 
-@pytest.mark.parametrize("script", SAC)
+@pytest.mark.parametrize("script", ACTOR)
 def test_the_policy_acts_once_learning_has_started(script, play, monkeypatch):
     """Each environment by what it observes: here the action is decided by the step of its episode."""
-    low, high = (-0.5, 0.5) if script in CONTINUOUS else (0, 1)
+    low, high = (0, 1) if script in DISCRETE else (-0.5, 0.5)
 
     def sample(self, obs):
         action = torch.where(obs[:, 2] % 2 == 0, high, low)
-        return torch.stack([action, action], 1) if script in CONTINUOUS else action.long()
+        return action.long() if script in DISCRETE else torch.stack([action, action], 1)
 
     monkeypatch.setattr(load(script).Agent, "sample", sample)
     for env in play(script, total_timesteps=300, learning_starts=30):
         chosen = np.where(np.arange(100) % env.length % 2 == 0, high, low)[10:]
-        if script in CONTINUOUS:
+        if script not in DISCRETE:
             chosen = np.outer(chosen, [2, 1.25]) + [1, -0.75]
         np.testing.assert_array_equal(np.array(env.actions)[10:], chosen)
 
 
-@pytest.mark.parametrize("script", CONTINUOUS)
+@pytest.mark.parametrize("script", having("actor_loss"))
 @pytest.mark.parametrize("random_repeat", [1, 5])
 def test_random_actions_are_repeated(script, random_repeat, play):
     for env in play(script, total_timesteps=300, learning_starts=300, random_repeat=random_repeat):
