@@ -17,13 +17,14 @@ Paper: Lillicrap et al. 2015, "Continuous control with deep reinforcement learni
 It is Q-learning in which a network, the actor, finds the action that maximizes Q, by following the critic's gradient.
 
 Details that matter:
-- This is "our DDPG" of the TD3 paper (arXiv:1802.09477), as in CleanRL: uncorrelated Gaussian exploration noise instead
-  of an Ornstein-Uhlenbeck process, and one size of network, learning rate, and batch for actor and critic.
+- Exploration noise is Gaussian and uncorrelated instead of an Ornstein-Uhlenbeck process. This and the defaults are
+  those of "our DDPG" in the TD3 paper's code (sfujim/TD3), as in CleanRL, which also delays the actor. The exception is
+  `learning_starts`, 25,000 in both: here 1,000, which is enough for Pendulum.
 - The target network of the actor chooses the next action, and that of the critic evaluates it. Both follow slowly.
 - The actor ends in a tanh. Actions with noise are clipped to the bounds, and the clipped ones are stored.
 - A truncated episode (time limit) bootstraps from its real final observation; a terminated one does not bootstrap.
 
-Not included: batch normalization and weight decay (both in the paper). Read td3_continuous.py next.
+Not included: batch normalization, weight decay, small initial weights (all in the paper). Read td3_continuous.py next.
 """
 
 import importlib.metadata

@@ -19,10 +19,10 @@ It is DDPG (ddpg_continuous.py) with three remedies for critics that overestimat
 Details that matter:
 - Twin critics: targets use the smaller of two estimates. The actor follows the first critic alone.
 - Delay: the actor and all target networks are updated once every `policy_frequency` updates of the critics.
-- Smoothing: clipped noise on the next action makes the critics smooth in the action. Both noises are on [-1, 1].
+- Smoothing: clipped noise on the next action makes the critics smooth in the action. Both noises are scaled to actions in [-1, 1].
 - A truncated episode (time limit) bootstraps from its real final observation; a terminated one does not bootstrap.
-- Networks, batch, and learning rates are those of the authors' code (sfujim/TD3), which is newer than the paper. The
-  paper begins with 1,000 random steps, or 10,000 (HalfCheetah, Ant); their code with 25,000, as does CleanRL.
+- Networks, batch, and learning rates are those of the authors' code (sfujim/TD3), which is newer than the paper. As in
+  the paper, `learning_starts` is 1,000; use 10,000 on HalfCheetah and Ant. Their code and CleanRL have 25,000.
 
 Not included: normalized observations (ppo_continuous.py), images. Read sac_continuous.py next.
 """
@@ -299,7 +299,8 @@ def train(args: Args) -> None:
 
         # Learn. `global_step % frequency < N` is true once every `frequency` steps, although global_step advances by N
         if global_step > args.learning_starts and global_step % args.train_frequency < N:
-            first = global_step // args.train_frequency * args.gradient_steps  # updates are numbered by the step
+            # Updates are numbered by the step and not by a counter, which a resumed run would have to restore
+            first = global_step // args.train_frequency * args.gradient_steps
             for update in range(first, first + args.gradient_steps):
                 batch = replay.sample(args.batch_size, device)
                 noise = torch.randn_like(batch[1])
