@@ -19,7 +19,7 @@ It is DDPG (ddpg_continuous.py) with three remedies for critics that overestimat
 Details that matter:
 - Twin critics: targets use the smaller of two estimates. The actor follows the first critic alone.
 - Delay: the actor and all target networks are updated once every `policy_frequency` updates of the critics.
-- Smoothing: clipped noise on the next action makes the critics smooth in the action. Both noises are scaled to actions in [-1, 1].
+- Smoothing: clipped noise on the next action makes the critics smooth in the action. Its scale is that of [-1, 1].
 - A truncated episode (time limit) bootstraps from its real final observation; a terminated one does not bootstrap.
 - Networks, batch, and learning rates are those of the authors' code (sfujim/TD3), which is newer than the paper. As in
   the paper, `learning_starts` is 1,000; use 10,000 on HalfCheetah and Ant. Their code and CleanRL have 25,000.
