@@ -187,3 +187,4 @@ def test_the_actor_and_all_targets_are_delayed(script, frequency, gradient_steps
         for online, old, new in ((now[0], target_actor, now[2]), (now[1], target_critic, now[3])):
             torch.testing.assert_close(new, 0.9 * old + 0.1 * online if updates[i] else old)
     assert before[0][0].equal(before[0][2]) and before[0][1].equal(before[0][3])  # the targets begin as copies
+    assert script not in TD3 or not torch.equal(*before[0][1].chunk(2))  # and the two critics different
