@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import family, having, load, make_agent, make_args
+from conftest import having, load, make_agent, make_args
 from environments import Counter
 from gymnasium.spaces import Box, Discrete
 from test_ppo import truth

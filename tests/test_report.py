@@ -138,7 +138,8 @@ def test_scores_are_on_one_scale():
     cells["finals"] = [np.array([score]) for score in cells["score"]]
     scores = report.normalized(cells, pd.read_csv(results.REFERENCE))
     found = {f"{algo} {env}": score for algo, by_env in scores.items() for env, (score,) in by_env.items()}
-    assert found == pytest.approx({"ppo CartPole-v1": 1, "ppo ALE/Pong-v5": 1, "dqn CartPole-v1": 0, "sac Own-v0": 0.5}, abs=1e-3)
+    expected = {"ppo CartPole-v1": 1, "ppo ALE/Pong-v5": 1, "dqn CartPole-v1": 0, "sac Own-v0": 0.5}
+    assert found == pytest.approx(expected, abs=1e-3)
 
 
 def test_readme_gets_a_table_of_the_baseline_with_commands(toys, tmp_path):
