@@ -86,6 +86,7 @@ TINY = {  # each is passed to the scripts that have it; together, a run of less 
     "num_minibatches": 2,
     "update_epochs": 2,
     "hidden_size": 32,
+    "actor_hidden_size": 32,
     "episodes_per_update": 4,
     # off-policy
     "batch_size": 32,

@@ -1,0 +1,620 @@
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#     "filelock==4.3.1", "gymnasium[classic-control,mujoco]==1.4.0", "imageio[ffmpeg]==2.38.1", "mujoco==4.0.0",
+#     "numpy==2.4.6", "safetensors==0.8.0", "tensorboard==2.21.0", "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.17",
+# ]
+# ///
+"""SimbaV2: SAC with weights and features on the unit sphere and a categorical critic, for continuous actions.
+
+    uv run simbav2_continuous.py                          # Pendulum-v1; or: python simbav2_continuous.py
+    uv run simbav2_continuous.py --env-id HalfCheetah-v5 --total-timesteps 1000000
+    uv run simbav2_continuous.py --resume runs/Pendulum-v1__simbav2_continuous__1__...
+    uv run simbav2_continuous.py --evaluate runs/Pendulum-v1__simbav2_continuous__1__... --video
+
+Paper: Lee et al. 2025, "Hyperspherical Normalization for Scalable Deep Reinforcement Learning", arXiv:2502.15280.
+
+Details that matter, besides those of sac_continuous.py; they follow the authors' code (DAVIAN-Robotics/SimbaV2, JAX):
+- After every update the rows of all weights are projected onto the unit sphere. Features have unit norm in every block.
+- Observations are normalized by running statistics; an appended constant keeps their size visible on the sphere.
+- Rewards are divided by the standard deviation of the discounted return, or by more if returns exceed the support.
+- Critics learn a distribution by cross-entropy. Its target comes from the critic with the smaller mean.
+- Networks are smaller than the paper's, for CPUs. The paper's: --hidden-size 512 --num-blocks 2 --utd 2.
+
+Not the authors': mean and deviation share a head; actor and critics step together. Not included: a single critic.
+"""
+
+import importlib.metadata
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import gymnasium as gym
+import numpy as np
+import safetensors.torch
+import torch
+import tyro
+from filelock import FileLock
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    env_id: str = "Pendulum-v1"  # Gymnasium id; `package:Name-v0` imports the package first
+    seed: int = 1  # random seed
+    total_timesteps: int = 20_000  # environment steps, summed over all environments
+    env_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)  # for gym.make: name value name value
+
+    # The algorithm
+    num_envs: int = 1  # parallel environments (N)
+    buffer_size: int = 1_000_000  # transitions in the replay buffer
+    learning_starts: int = 5_000  # environment steps with random actions before the first update
+    random_repeat: int = 1  # steps for which each of these random actions is repeated
+    utd: int = 1  # updates per environment step
+    batch_size: int = 256  # transitions per update (B)
+    learning_rate: float = 1e-4  # initial learning rate of Adam
+    learning_rate_end: float = 5e-5  # learning rate at the end, annealed linearly
+    gamma: float = 0.995  # discount factor
+    tau: float = 0.005  # update rate of the target critics
+    autotune: bool = True  # tune the temperature to an entropy of -dim(A) / 2
+    alpha: float = 0.01  # temperature, at first or if it is not tuned
+    hidden_size: int = 128  # width of the critics
+    num_blocks: int = 1  # residual blocks of each critic
+    actor_hidden_size: int = 128  # width of the actor, which has one block
+    v_max: float = 5.0  # the critics' support is [-v_max, v_max], in scaled rewards
+    norm_obs: bool = True  # normalize observations by running statistics
+    norm_reward: bool = True  # divide rewards by the scale of the discounted return
+
+    # The run
+    run_dir: str = ""  # run folder; default: runs/{env}__{algo}__{seed}__{UTC time}
+    resume: str = ""  # resume the run in this folder, with its own flags
+    evaluate: str = ""  # evaluate the agent of the run in this folder instead of training
+    eval_episodes: int = 20  # episodes of the evaluation
+    video: bool = False  # record a video of the first one
+    device: Literal["cpu", "cuda"] = "cpu"  # for networks this small the CPU is faster
+    torch_threads: int = 1  # CPU threads of PyTorch; 0: PyTorch's default
+    compile: bool = False  # torch.compile the losses
+    checkpoint_every: int = 100_000  # steps; a checkpoint restarts the environments and discards unfinished episodes
+
+    def __post_init__(self) -> None:  # tyro reports a ValueError as a usage error
+        for name, value in vars(self).items():
+            lowest = 1 if type(value) is int and name not in ("seed", "torch_threads", "learning_starts") else 0
+            if isinstance(value, int | float) and not lowest <= value < math.inf:
+                raise ValueError(f"{name} must be at least {lowest} and finite, not {value}")
+        if max(self.gamma, self.tau) > 1 or min(self.alpha, self.v_max) == 0 or self.num_envs > self.buffer_size:
+            raise ValueError("gamma and tau must be at most 1, alpha and v_max above 0, num_envs at most buffer_size")
+
+
+class SphereNet(nn.Module):
+    """Residual network whose features have unit norm, as have the rows of all weights: (B, inputs) -> (B, outputs)."""
+
+    def __init__(self, inputs: int, width: int, num_blocks: int, outputs: int) -> None:
+        super().__init__()
+        wide = [4 * width] * num_blocks  # hidden units of each block
+        self.embed = nn.Linear(inputs + 1, width, bias=False)
+        self.expand = nn.ModuleList(nn.Linear(width, n, bias=False) for n in wide)
+        self.reduce = nn.ModuleList(nn.Linear(n, width, bias=False) for n in wide)
+        self.mix, self.head = nn.Linear(width, width, bias=False), nn.Linear(width, outputs)
+        self.scalers = nn.ParameterList(torch.full((n,), math.sqrt(2 / n)) for n in (width, *wide))
+        self.head_scaler = nn.Parameter(torch.ones(width))
+        self.alphas = nn.ParameterList(torch.full((width,), width**-0.5) for _ in wide)
+        self.alpha_scale = width**0.5 / (num_blocks + 1)  # alphas begin at 1 / (num_blocks + 1), but learn faster
+        for layer in (self.embed, *self.expand, *self.reduce, self.mix, self.head):
+            nn.init.orthogonal_(layer.weight)
+        nn.init.zeros_(self.head.bias)
+        project(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        unit = nn.functional.normalize  # divides each row by its norm
+        x = unit(self.scalers[0] * self.embed(unit(nn.functional.pad(x, (0, 1), value=3.0))))  # a constant appended
+        for expand, scaler, reduce, alpha in zip(self.expand, self.scalers[1:], self.reduce, self.alphas, strict=True):
+            y = unit(reduce((scaler * expand(x)).relu()))
+            x = unit(x + self.alpha_scale * alpha * (y - x))  # linear interpolation (LERP)
+        return self.head(self.head_scaler * self.mix(x))
+
+
+class Critics(nn.Module):
+    """Two independent estimates of the distribution of the return after (s, a), on K = 101 atoms."""
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args) -> None:
+        super().__init__()
+        self.register_buffer("atoms", torch.linspace(-args.v_max, args.v_max, 101), persistent=False)
+        sizes = obs_dim + action_dim, args.hidden_size, args.num_blocks, len(self.atoms)
+        self.qf1, self.qf2 = SphereNet(*sizes), SphereNet(*sizes)
+
+    def log_probs(self, obs: Tensor, actions: Tensor) -> Tensor:
+        """Log-probabilities of the atoms: (B, D), (B, A) -> (2, B, K)."""
+        x = torch.cat([obs, actions], -1)
+        return torch.stack([self.qf1(x), self.qf2(x)]).log_softmax(-1)
+
+    def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
+        """Q(s, a), the mean of the distribution: (B, D), (B, A) -> (2, B)."""
+        return self.log_probs(obs, actions).exp() @ self.atoms
+
+
+class RunningMeanStd(nn.Module):
+    """Running mean and variance (Chan et al. 1979), stored as buffers so that they are saved with the agent."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    def update(self, x: Tensor) -> None:
+        """Add the rows of x (B, *shape)."""
+        delta, total = x.mean(0) - self.mean, self.count + len(x)
+        m2 = self.var * self.count + x.var(0, correction=0) * len(x) + delta.square() * self.count * len(x) / total
+        self.mean += delta * len(x) / total
+        self.var.copy_(m2 / total)
+        self.count.copy_(total)
+
+
+class Agent(nn.Module):
+    """Actor, critics, temperature, and running statistics. `sample` and `act` take raw observations."""
+
+    def __init__(self, envs: gym.vector.VectorEnv, args: Args) -> None:
+        super().__init__()
+        (obs_dim,), (action_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
+        self.actor = SphereNet(obs_dim, args.actor_hidden_size, 1, 2 * action_dim)
+        self.critics = Critics(obs_dim, action_dim, args)
+        self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)), requires_grad=args.autotune)
+        self.obs_stats, self.return_stats = RunningMeanStd(obs_dim), RunningMeanStd()
+        self.register_buffer("max_return", torch.zeros((), dtype=torch.float64))  # the largest |discounted return|
+
+    def normalize(self, obs: Tensor) -> Tensor:
+        """Raw observations (B, D) -> what the networks see."""
+        return ((obs - self.obs_stats.mean) / (self.obs_stats.var + 1e-8).sqrt()).float()
+
+    def policy(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log standard deviation of the Gaussian before tanh: (B, D) -> (B, A), (B, A)."""
+        mean, log_std = self.actor(obs).chunk(2, -1)
+        return mean, -10 + 6 * (log_std.tanh() + 1)  # in [-10, 2]
+
+    def action_and_logprob(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """a = tanh(mean + std * noise) and log pi(a|s), noise ~ N(0, 1): (B, D), (B, A) -> (B, A), (B,)."""
+        mean, log_std = self.policy(obs)
+        u = mean + log_std.exp() * noise
+        return u.tanh(), tanh_logprob(u, noise, log_std)
+
+    @torch.no_grad()
+    def sample(self, obs: Tensor) -> Tensor:
+        """Actions sampled from the policy: (N, D) -> (N, A)."""
+        mean, log_std = self.policy(self.normalize(obs))
+        return (mean + log_std.exp() * torch.randn_like(mean)).tanh()
+
+    @torch.no_grad()
+    def act(self, obs: Tensor) -> Tensor:
+        """Greedy actions, tanh of the mean, for the evaluation: (N, D) -> (N, A)."""
+        return self.policy(self.normalize(obs))[0].tanh()
+
+
+class Adapter(gym.Wrapper):
+    """Observations as float32 copies (some environments reuse their array), no infos, actions from [-1, 1]."""
+
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env)
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
+        low, high = env.action_space.low.astype(np.float64), env.action_space.high.astype(np.float64)
+        self.center, self.half_range = low / 2 + high / 2, high / 2 - low / 2
+
+    def reset(self, **kwargs):
+        obs, _ = self.env.reset(**kwargs)
+        return np.array(obs, np.float32), {}
+
+    def step(self, action):
+        action = np.clip(self.center + self.half_range * action, self.action_space.low, self.action_space.high)
+        obs, reward, terminated, truncated, _ = self.env.step(action.astype(self.action_space.dtype))
+        return np.array(obs, np.float32), np.asarray(reward, np.float64).item(), terminated, truncated, {}
+
+
+def make_envs(args: Args, num_envs: int, render: bool = False) -> gym.vector.VectorEnv:
+    """SAME_STEP autoreset: where an episode ends, `step` already returns the first observation of the next one."""
+
+    def make_env() -> gym.Env:
+        env = gym.make(args.env_id, **args.env_kwargs, **({"render_mode": "rgb_array"} if render else {}))
+        # Your wrappers go here, without memory: they start anew at checkpoints (for statistics, see ppo_continuous.py)
+        if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
+            fail(f"{args.env_id} has observations {env.observation_space}, not a Box of shape (n,)")
+        space = env.action_space
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or space.dtype.kind != "f":
+            fail(f"{args.env_id} has actions {space}, not a Box of floats of shape (n,): see sac_discrete.py?")
+        if not space.is_bounded():
+            fail(f"{args.env_id} has actions {space}, without bounds")
+        return Adapter(env)
+
+    if render and sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a display
+    try:
+        if args.env_id.startswith("HalfCheetah"):  # its model gives the same warning whenever it is loaded
+            mujoco = importlib.import_module("mujoco")
+            mujoco.set_mju_user_warning(lambda text: "settotalmass" in text or print(text, file=sys.stderr))
+        return gym.vector.SyncVectorEnv([make_env] * num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    except (gym.error.Error, ImportError) as error:
+        fail(f"cannot make {args.env_id}: {error}")
+
+
+def real_next_obs(next_obs: np.ndarray, infos: dict) -> np.ndarray:
+    """What the actions led to: the final observation where an episode ended, not the first one of the next episode."""
+    if "final_obs" in infos:
+        next_obs, ended = next_obs.copy(), infos["_final_obs"]
+        next_obs[ended] = np.stack(infos["final_obs"][ended])
+    return next_obs
+
+
+class ReplayBuffer:
+    """The most recent transitions, in preallocated arrays; the oldest ones are overwritten first."""
+
+    def __init__(self, size: int, envs: gym.vector.VectorEnv) -> None:
+        self.size, self.added = size - size % envs.num_envs, 0  # a multiple of N, so that `add` never wraps around
+        obs, next_obs = np.zeros((2, self.size, *envs.single_observation_space.shape), np.float32)
+        actions = np.zeros((self.size, *envs.single_action_space.shape), np.float32)
+        self.arrays = [obs, actions, np.zeros(self.size, np.float32), next_obs, np.zeros(self.size, bool)]
+
+    def add(self, *transition: np.ndarray) -> None:
+        """Add a step of all environments, (N, ...): obs, actions, rewards, next_obs, terminations."""
+        start = self.added % self.size
+        for array, values in zip(self.arrays, transition, strict=True):
+            array[start : start + len(values)] = values
+        self.added += len(values)
+
+    def sample(self, batch_size: int, device: str) -> list[Tensor]:
+        """A uniform sample, with replacement, (B, ...): obs, actions, rewards, next_obs, terminations."""
+        rows = np.random.randint(min(self.added, self.size), size=batch_size)
+        return [torch.from_numpy(array[rows]).to(device) for array in self.arrays]
+
+    def state_dict(self) -> dict:
+        filled = min(self.added, self.size)
+        return {"added": self.added, "arrays": [torch.from_numpy(array[:filled]) for array in self.arrays]}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.added = state["added"]
+        for array, saved in zip(self.arrays, state["arrays"], strict=True):
+            array[: len(saved)] = saved.numpy()
+
+
+@torch.no_grad()
+def update_target(target: nn.Module, online: nn.Module, tau: float) -> None:
+    """target <- (1 - tau) target + tau online."""
+    for target_parameter, parameter in zip(target.parameters(), online.parameters(), strict=True):
+        target_parameter.lerp_(parameter, tau)
+
+
+def tanh_logprob(u: Tensor, noise: Tensor, log_std: Tensor) -> Tensor:
+    """log pi(tanh u) for u = mean + std * noise, SAC appendix C: (B, A), (B, A), (B, A) -> (B,).
+
+    log N(u) - log(1 - tanh(u)^2), summed over the dimensions. The second logarithm is 2 (log 2 - u - softplus(-2u)),
+    which stays finite where tanh(u) rounds to 1.
+    """
+    log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+    return (log_normal - 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))).sum(-1)
+
+
+@torch.no_grad()
+def project(network: nn.Module) -> None:
+    """Project the rows of all weight matrices onto the unit sphere."""
+    for parameter in network.parameters():
+        if parameter.ndim == 2:
+            parameter.copy_(nn.functional.normalize(parameter))
+
+
+def categorical_projection(probs: Tensor, values: Tensor, atoms: Tensor) -> Tensor:
+    """C51 eq. 7: move probabilities (B, K) at any values (B, K) to the two atoms around each, the nearer gets more."""
+    position = ((values - atoms[0]) / (atoms[1] - atoms[0])).clamp(0, len(atoms) - 1)
+    lower = position.nan_to_num().long().clamp(max=len(atoms) - 2)  # there is an atom above, also at the upper end
+    to_upper = probs * (position - lower)
+    return torch.zeros_like(probs).scatter_add(-1, lower, probs - to_upper).scatter_add(-1, lower + 1, to_upper)
+
+
+def critic_loss(agent, target, args, noise, obs, actions, rewards, next_obs, terminations) -> tuple[Tensor, dict]:
+    """Cross-entropy of both critics with the distribution of the soft TD target, on B transitions.
+
+    The target is r + gamma (Z(s', a') - alpha log pi(a'|s')), a' ~ pi(.|s'), with Z of the target critic whose mean is
+    smaller. The noise (B, A) of a' is an argument so that the loss depends on its inputs alone, compiled or not.
+    """
+    with torch.no_grad():
+        next_actions, next_logprobs = agent.action_and_logprob(next_obs, noise)
+        p1, p2 = target.log_probs(next_obs, next_actions).exp()
+        next_probs = torch.where((p1 @ target.atoms < p2 @ target.atoms)[:, None], p1, p2)  # (B, K)
+        next_probs = torch.where(terminations[:, None], 1 / len(target.atoms), next_probs)  # all of it goes to r
+        next_values = target.atoms - agent.log_alpha.exp() * next_logprobs[:, None]  # of each atom: (B, K)
+        td_target = rewards[:, None] + args.gamma * torch.where(terminations[:, None], 0, next_values)
+        target_probs = categorical_projection(next_probs, td_target, target.atoms)
+    log_probs = agent.critics.log_probs(obs, actions)
+    loss = -(target_probs * log_probs).sum(-1).mean(-1).sum()
+    return loss, {"losses/qf_loss": loss.detach(), "losses/q_values": (log_probs.detach().exp() @ target.atoms).mean()}
+
+
+def actor_loss(agent, noise, obs) -> tuple[Tensor, Tensor, dict]:
+    """SAC eq. 9 on B states: alpha log pi(a|s) - min_i Q_i(s, a). Returns the loss, the entropy, and the metrics."""
+    actions, logprobs = agent.action_and_logprob(obs, noise)
+    alpha, entropy = agent.log_alpha.exp().detach(), -logprobs.detach().mean()
+    loss = (alpha * logprobs - agent.critics(obs, actions).amin(0)).mean()
+    return loss, entropy, {"losses/actor_loss": loss.detach(), "losses/entropy": entropy, "losses/alpha": alpha}
+
+
+def alpha_loss(agent, entropy: Tensor, target_entropy: float) -> Tensor:
+    """SAC eq. 18 with log alpha in place of alpha, which rises where the policy's entropy is below its target."""
+    return agent.log_alpha * (entropy - target_entropy)
+
+
+def train(args: Args) -> None:
+    """SAC, algorithm 1, with N environments in parallel."""
+    N, device = args.num_envs, args.device
+    envs, obs = start_envs(args, "train", 0, N)  # seeds everything
+    agent = Agent(envs, args).to(device)
+    target = deepcopy(agent.critics).requires_grad_(False)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
+    replay = ReplayBuffer(args.buffer_size, envs)
+    target_entropy = -envs.single_action_space.shape[0] / 2  # -dim(A) / 2
+    critic_loss_fn = torch.compile(critic_loss) if args.compile else critic_loss
+    actor_loss_fn = torch.compile(actor_loss) if args.compile else actor_loss
+    run = Run(args, agent=agent, target=target, replay=replay, optimizer=optimizer)  # with --resume, restores all
+    global_step, history, actions = run.start_step, [], None
+    discounted_return = np.zeros(N)  # of each environment's episode so far: the scale of its rewards
+
+    while global_step < args.total_timesteps:
+        if run.checkpoint(global_step):  # every `checkpoint_every` steps and after a resume: environments restart
+            envs, obs = start_envs(args, "train", global_step, N, old_envs=envs)
+            actions = None
+            discounted_return[:] = 0
+        decay = (args.learning_rate - args.learning_rate_end) * global_step / args.total_timesteps
+        optimizer.param_groups[0]["lr"] = args.learning_rate - decay
+
+        # Act
+        if args.norm_obs:
+            agent.obs_stats.update(torch.from_numpy(obs).to(device))
+        if global_step >= args.learning_starts:
+            actions = agent.sample(torch.from_numpy(obs).to(device)).cpu().numpy()
+        elif actions is None or global_step % (args.random_repeat * N) < N:
+            actions = np.random.uniform(-1, 1, (N, *envs.single_action_space.shape)).astype(np.float32)
+        next_obs, rewards, terminations, truncations, infos = envs.step(actions)
+        replay.add(obs, actions, rewards, real_next_obs(next_obs, infos), terminations)
+        obs = next_obs
+        global_step += N
+        run.record(global_step, rewards, terminations | truncations)
+        discounted_return = rewards + args.gamma * discounted_return
+        if args.norm_reward:
+            agent.return_stats.update(torch.from_numpy(discounted_return).to(device))
+            agent.max_return.clamp_(min=np.abs(discounted_return).max())
+        discounted_return[terminations | truncations] = 0  # the authors: before the last reward, not after it
+
+        # Learn, from raw transitions and the latest statistics
+        if global_step > args.learning_starts:
+            scale = torch.maximum((agent.return_stats.var + 1e-8).sqrt(), agent.max_return / args.v_max).float()
+            for _ in range(args.utd * N):
+                batch = replay.sample(args.batch_size, device)
+                batch[0], batch[2], batch[3] = agent.normalize(batch[0]), batch[2] / scale, agent.normalize(batch[3])
+                noise = torch.randn(2, *batch[1].shape, device=device)
+                optimizer.zero_grad()
+                loss, critic_metrics = critic_loss_fn(agent, target, args, noise[0], *batch)
+                loss.backward()
+                loss, entropy, actor_metrics = actor_loss_fn(agent, noise[1], batch[0])
+                loss.backward(inputs=list(agent.actor.parameters()))  # not the critics' weights
+                if args.autotune:
+                    alpha_loss(agent, entropy, target_entropy).backward()
+                optimizer.step()
+                project(agent)
+                history.append(critic_metrics | actor_metrics)
+                update_target(target, agent.critics, args.tau)
+
+        if global_step % 1_000 < N or global_step >= args.total_timesteps:  # log every 1,000 steps
+            run.log(global_step, history, {"charts/learning_rate": optimizer.param_groups[0]["lr"]})
+            history = []
+    run.finish(global_step, envs)
+
+
+# ------------------- The run: identical in every script; skip it if you are here for the algorithm --------------------
+
+
+def fail(message: str, code: int = 2) -> NoReturn:  # exit codes: 2 is bad input, 3 NaN or inf, 130 an interrupt
+    print("error:", *message.split(), file=sys.stderr)
+    sys.exit(code)
+
+
+def close(envs: gym.vector.VectorEnv | None) -> None:
+    try:
+        envs and envs.close()
+    except Exception as error:  # not worth losing a run
+        print(f"warning: an environment failed to close: {error!r}", file=sys.stderr)
+
+
+def start_envs(args: Args, stream: str, step: int, num_envs: int, old_envs=None, render: bool = False):
+    """Replace `old_envs`. All random numbers restart from (seed, step), so that checkpoints need not hold any state."""
+    name = re.sub("[^A-Za-z0-9.-]+", "-", args.env_id) + f"__{Path(__file__).stem}__{args.seed}"
+    args.run_dir = os.path.abspath(args.run_dir or time.strftime(f"runs/{name}__%Y%m%dT%H%M%SZ", time.gmtime()))
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: PyTorch finds no GPU")
+    torch.set_num_threads(args.torch_threads or torch.get_num_threads())
+    close(old_envs)
+    envs = make_envs(args, num_envs, render)
+    seed = int(np.random.SeedSequence([args.seed, step, *stream.encode()]).generate_state(1)[0]) >> 1
+    for seed_library in (random.seed, np.random.seed, torch.manual_seed):
+        seed_library(seed)
+    torch.set_default_dtype(torch.float32)  # a package with environments may have changed these two
+    torch.set_grad_enabled(True)
+    for i, env in enumerate(envs.envs):
+        for space in (env.action_space, env.unwrapped.action_space, env.unwrapped.observation_space):
+            space.seed(seed + i)
+    return envs, envs.reset(seed=seed)[0]
+
+
+def write_atomically(path: Path, write) -> None:  # a crash leaves the old file or the new one
+    temporary = path.with_name("." + path.name)
+    write(temporary)
+    temporary.replace(path)
+
+
+class Run:  # the run folder: args.json, a copy of the script, episodes.csv, TensorBoard events, checkpoint.pt, results
+    def __init__(self, args: Args, **parts) -> None:  # parts: all that a resume restores, each with a state_dict
+        self.args, self.parts, self.path, script = args, parts, Path(args.run_dir), Path(__file__)
+        if not args.resume and {path.name for path in self.path.glob("[!.]*")} - {"episodes.csv", script.name}:
+            fail(f"{self.path} exists: continue it with --resume, or choose another --run-dir")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = FileLock(self.path / ".lock").acquire(blocking=False)
+        except OSError as error:  # also filelock.Timeout
+            fail(f"cannot use {self.path}, or another process does: {error}")
+        state = {"step": 0, "seconds": 0.0, "recent": [], "csv_size": 27}  # of the header
+        if not args.resume:
+            git = ["git", "-C", script.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+            versions = {package.name: package.version for package in importlib.metadata.distributions()}
+            info = {"args": asdict(args) | {"run_dir": ""}, "command": sys.argv, "commit": commit, "versions": versions}
+            info |= {"cpu": torch.cpu.get_capabilities().get("cpu_name"), "threads": torch.get_num_threads()}
+            info |= {"gpu": torch.cuda.get_device_name() if args.device == "cuda" else None, "started": time.ctime()}
+            (self.path / "episodes.csv").write_text("step,seconds,return,length\n", newline="")
+            write_atomically(self.path / script.name, lambda path: shutil.copy(script, path))
+            write_atomically(self.path / "args.json", lambda path: path.write_text(json.dumps(info, indent=2)))
+        elif (self.path / "checkpoint.pt").exists():
+            state = torch.load(self.path / "checkpoint.pt", map_location="cpu", weights_only=True)
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+        self.start_step, self.next_checkpoint = state["step"], state["step"] or args.checkpoint_every
+        self.started = time.perf_counter() - state["seconds"]
+        self.recent = deque(state["recent"], maxlen=100)  # (return, length) of the last 100 episodes
+        self.returns, self.lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, int)
+        self.csv = (self.path / "episodes.csv").open("a", buffering=1)
+        self.csv.truncate(state["csv_size"])
+        self.writer = SummaryWriter(self.path, purge_step=self.start_step + 1)  # hides what a killed run logged later
+        self.bar = tqdm(total=args.total_timesteps, initial=state["step"], mininterval=1 if sys.stderr.isatty() else 60)
+
+    def checkpoint(self, step: int, last: bool = False) -> bool:  # True: the environments have to restart
+        if step < self.next_checkpoint and not last:
+            return False
+        if not all(weights.isfinite().all() for weights in self.parts["agent"].parameters()):
+            fail(f"{self.path} diverged before step {step}: NaN or inf in the weights", code=3)
+        if self.lengths.max() * self.args.num_envs >= step - self.start_step > 0:
+            self.bar.write("warning: discarded an episode as long as the run or --checkpoint-every", sys.stderr)
+        self.start_step, self.next_checkpoint = step, step + self.args.checkpoint_every
+        self.returns[:] = self.lengths[:] = 0
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"step": step, "seconds": time.perf_counter() - self.started}
+        state |= {"recent": list(self.recent), "csv_size": os.path.getsize(self.csv.name)}
+        write_atomically(self.path / "checkpoint.pt", lambda path: torch.save(state, path))
+        return True
+
+    def record(self, step: int, rewards: np.ndarray, dones: np.ndarray) -> None:  # ended episodes become rows
+        self.returns, self.lengths = self.returns + rewards, self.lengths + 1
+        for i in np.flatnonzero(dones):
+            self.csv.write(f"{step},{time.perf_counter() - self.started:.2f},{self.returns[i]},{self.lengths[i]}\n")
+            self.recent.append((float(self.returns[i]), int(self.lengths[i])))
+            self.returns[i] = self.lengths[i] = 0
+
+    def log(self, step: int, history: list[dict[str, Tensor]], charts: dict[str, Tensor | float]) -> None:
+        """Write the means of `history` and `charts` to TensorBoard; stop the run if anything is NaN or inf."""
+        metrics = {name: sum(x[name] for x in history) / len(history) for name in (history or [{}])[0]} | charts
+        metrics["charts/SPS"] = step / (time.perf_counter() - self.started)
+        metrics["charts/weight_norm"] = nn.utils.get_total_norm(self.parts["agent"].parameters()).item()
+        if self.recent:
+            metrics["charts/episodic_return"], metrics["charts/episodic_length"] = np.mean(self.recent, axis=0)
+            self.bar.set_postfix_str(f"return {metrics['charts/episodic_return']:.1f}", refresh=False)
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, float(value), step)
+        self.bar.update(min(step, self.bar.total) - self.bar.n)  # the last rollout may go beyond total_timesteps
+        if bad := [name for name, value in metrics.items() if not math.isfinite(value)]:
+            self.writer.close()
+            fail(f"{self.path} diverged before step {step}: NaN or inf in {', '.join(bad[:3])}", code=3)
+
+    def finish(self, step: int, envs: gym.vector.VectorEnv) -> None:  # result.json marks a finished run
+        agent, seconds = self.parts["agent"], time.perf_counter() - self.started
+        write_atomically(self.path / "agent.safetensors", lambda path: safetensors.torch.save_model(agent, path))
+        self.checkpoint(step, last=True)  # a kill from here on costs no training
+        self.bar.close()
+        self.writer.close()
+        final_return = np.mean(self.recent, axis=0)[0] if self.recent else None
+        result = dict(final_return=final_return, **evaluate(self.args, agent.eval(), envs), steps=step, seconds=seconds)
+        peak = importlib.import_module("resource").getrusage(0).ru_maxrss if os.name == "posix" else 0
+        result |= {"sps": step / seconds, "peak_memory_mb": peak / (2**20 if sys.platform == "darwin" else 2**10)}
+        write_atomically(self.path / "result.json", lambda path: path.write_text(json.dumps(result, indent=2)))
+        (self.path / "checkpoint.pt").unlink()
+        print(f"curves: tensorboard --logdir {self.path}; video: python {sys.argv[0]} --evaluate {self.path} --video")
+        if self.args.video:
+            record_video(self.args, agent, envs)
+
+
+@torch.inference_mode()
+def evaluate(args: Args, agent: nn.Module, envs: gym.vector.VectorEnv, video=None) -> dict:
+    """One episode per environment, so that short ones do not count more; at most `num_envs` at a time."""
+    returns, running = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, bool)
+    for first in range(0, len(returns), args.num_envs):
+        rows = slice(first, min(first + args.num_envs, len(returns)))
+        envs, obs = start_envs(args, "eval", first, rows.stop - first, envs, render=video is not None)
+        for _ in tqdm(range(30_000), desc="evaluation", leave=False, delay=1, mininterval=1):
+            if video:
+                video.append_data(envs.envs[0].render())
+            actions = agent.act(torch.from_numpy(obs).to(args.device)).cpu().numpy()
+            obs, rewards, terminations, truncations, _ = envs.step(actions)
+            returns[rows] += np.where(running[rows], rewards, 0)
+            running[rows] &= ~(terminations | truncations)
+            if not running[rows].any():
+                break
+    close(envs)
+    mean, std, truncated = returns.mean(), returns.std(), int(running.sum())
+    print(f"{args.run_dir}: return {mean:.1f} +- {std:.1f} in {len(returns)} episodes, {truncated} over 30,000 steps")
+    return dict(eval_return_mean=mean, eval_return_std=std, eval_episodes=len(returns), eval_truncated=truncated)
+
+
+def record_video(args: Args, agent: nn.Module, envs: gym.vector.VectorEnv) -> None:
+    try:
+        path, fps = Path(args.run_dir, "videos", f"seed{args.seed}.mp4"), float(envs.metadata.get("render_fps") or 30)
+        path.parent.mkdir(exist_ok=True)
+        with importlib.import_module("imageio").get_writer(path, fps=fps, macro_block_size=2) as video:
+            evaluate(replace(args, eval_episodes=1), agent, envs, video)
+    except (Exception, SystemExit) as error:  # the result is saved
+        print(f"warning: no video: {error!r}", file=sys.stderr)
+
+
+def main() -> None:
+    sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))  # None if closed
+    sys.stdout.reconfigure(errors="replace")  # not every terminal can print every path
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` ends a run as Ctrl-C does
+    words = [re.sub(r"(?<![^=])\d+(\.\d)?e[3-9]$", lambda m: f"{float(m[0]):.0f}", x) for x in sys.argv[1:]]  # 1e6
+    args = tyro.cli(Args, args=words, description=__doc__.split("\n")[0])
+    if folder := args.resume or args.evaluate:  # the flags of that run become the defaults
+        script, files = Path(__file__), set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        needed = {script.name, "args.json", "agent.safetensors" if args.evaluate else "args.json"}
+        if needed - files or args.resume and (args.evaluate or "result.json" in files):
+            fail(f"{folder} is not {'an unfinished' if args.resume else 'a finished'} run of {script.name}")
+        if args.resume and Path(folder, script.name).read_bytes() != script.read_bytes():
+            fail(f"{script.name} has changed since: resume with the copy in the folder, {folder}/{script.name}")
+        saved = json.loads(Path(folder, "args.json").read_text())["args"] | {"run_dir": folder, "resume": args.resume}
+        saved |= {"env_kwargs": {}} if args.env_kwargs else {}  # with other defaults tyro would take only their names
+        defaults = Args(**{name: saved[name] for name in Args.__dataclass_fields__ if name in saved})
+        args = tyro.cli(Args, args=words, default=defaults)
+        if args.resume and args != defaults:
+            fail("--resume continues a run with its own flags: remove the others")
+    try:
+        if not args.evaluate:
+            return train(args)
+        envs, _ = start_envs(args, "eval", 0, 1)
+        agent = Agent(envs, args).to(args.device).eval()
+        safetensors.torch.load_model(agent, Path(args.run_dir, "agent.safetensors"))
+        evaluate(args, agent, envs)
+        if args.video:
+            record_video(args, agent, envs)
+    except KeyboardInterrupt:
+        fail("interrupted" if args.evaluate else f"interrupted: --resume {args.run_dir} continues it", code=130)
+    except Exception as error:
+        if re.search("MemoryError|Allocator|out of memory|No space|StreamWriter|t.creator|s. in loading", repr(error)):
+            fail(str(error) or repr(error))
+        error.add_note("If the error is in your environment, gymnasium.utils.env_checker.check_env may explain it.")
+        raise
+
+
+if __name__ == "__main__":
+    main()
