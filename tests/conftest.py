@@ -87,6 +87,7 @@ TINY = {  # each is passed to the scripts that have it; together, a run of less 
     "update_epochs": 2,
     "hidden_size": 32,
     "actor_hidden_size": 32,
+    "critic_hidden_size": 32,
     "episodes_per_update": 4,
     # off-policy
     "batch_size": 32,
@@ -95,6 +96,7 @@ TINY = {  # each is passed to the scripts that have it; together, a run of less 
     "train_frequency": 8,
     "gradient_steps": 1,
     "random_repeat": 8,
+    "renorm_warmup_steps": 300,
 }
 
 

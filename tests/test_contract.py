@@ -482,9 +482,12 @@ def test_where_git_is(script, call, tmp_path, monkeypatch):
 @repeatable
 @pytest.mark.slow  # 15 s each, if the compiler's cache is cold
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "c++")), reason="needs a C++ compiler")
-def test_compile_computes_the_same_losses(script, finished, call, tmp_path):
-    assert call(script, *arguments(script, run_dir="run", compile=True)).code == 0
-    eager, compiled = scalars(finished.folder), scalars(tmp_path / "run")
+def test_compile_computes_the_same_losses(script, call, tmp_path):
+    """As long as rounding has not grown: for 20 updates, if there is one in every step."""
+    flags = {"learning_starts": 980, "total_timesteps": 1000} if hasattr(load(script).Args, "utd") else {}
+    for name, compile in {"eager": False, "compiled": True}.items():
+        assert call(script, *arguments(script, run_dir=name, compile=compile, **flags)).code == 0
+    eager, compiled = scalars(tmp_path / "eager"), scalars(tmp_path / "compiled")
     for tag in (tag for tag in eager if tag.startswith("losses/")):
         for (step, x), (compiled_step, y) in zip(eager[tag][:3], compiled[tag][:3], strict=True):
             assert step == compiled_step and math.isclose(x, y, rel_tol=1e-3, abs_tol=1e-5), (tag, step, x, y)

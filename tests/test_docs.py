@@ -13,7 +13,7 @@ PAGES = {path.stem: path.read_text() for path in sorted((ROOT / "docs" / "algori
 SECTIONS = re.findall("^## (.*)", PAGES.pop("template"), re.M)
 del PAGES["index"]
 WITHOUT_PAGE = """a2c_gae a2c_gae_continuous a2c_sil a3c dqn_per ppo_atari ppo_continuous ppo_lstm ppo_sil pqn qr_dqn
-    random_policy reinforce sac_continuous sac_discrete sarsa"""
+    random_policy reinforce ddpg_continuous td3_continuous tqc_continuous crossq_continuous simbav2_continuous sac_continuous sac_discrete sarsa"""
 BUILD = "import sys; sys.modules['torch'] = None; from mkdocs.__main__ import cli; cli()"
 
 

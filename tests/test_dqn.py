@@ -17,8 +17,10 @@ from torch.nn.utils import parameters_to_vector
 
 REPLAY, PER, ACTOR = having("ReplayBuffer"), having("SumTree"), [*having("actor_loss"), *having("sac_loss")]
 DQN = [name for name in REPLAY if name not in ACTOR]
+TARGET_ACTOR = [name for name in ACTOR if hasattr(load(name).Args, "tau")]
 NAMES = "double_dqn_loss", "dqn_loss", "qr_dqn_loss", "critic_loss", "sac_loss"
 UTD = [name for name in REPLAY if hasattr(load(name).Args, "utd")]  # in place of train_frequency, gradient_steps
+IN_ROUNDS = [name for name in REPLAY if name not in UTD]
 LOSSES = {name: loss for loss in NAMES for name in having(loss)}
 
 NEVER = 10**9  # a frequency that is never reached
@@ -378,7 +380,7 @@ def test_batches_hold_what_happened(script, n_step, buffer_size, watch):
     assert len(Counter.made) == 5 * N + 1 and len(seen) > 190  # of 210
 
 
-@pytest.mark.parametrize("script", [name for name in REPLAY if name not in UTD])
+@pytest.mark.parametrize("script", IN_ROUNDS)
 @pytest.mark.parametrize(
     "N, train_frequency, gradient_steps, learning_starts",
     [(3, 4, 2, 0), (3, 7, 1, 50), (3, 3, 3, 49), (1, 4, 1, 10), (5, 7, 1, 20)],
@@ -397,7 +399,7 @@ def test_updates_are_counted_in_environment_steps(script, N, train_frequency, gr
 DQN_CASES = [(name, *case) for name in DQN for case in [(3, 7, 0.25), (3, 3, 1.0), (1, 15, 1.0)]]
 
 
-@pytest.mark.parametrize("script, N, frequency, tau", [*DQN_CASES, *((name, 3, 0, 0.02) for name in ACTOR)])
+@pytest.mark.parametrize("script, N, frequency, tau", [*DQN_CASES, *((name, 3, 0, 0.02) for name in TARGET_ACTOR)])
 def test_target_begins_as_a_copy_and_moves_when_due(script, N, frequency, tau, watch):
     """By tau, with a separate actor after every update, of which there are several in a row."""
     updates, seen = 1 if frequency else N if script in UTD else 2, []

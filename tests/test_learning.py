@@ -30,6 +30,7 @@ OWN_PROBE_FLAGS = {  # on top, for scripts that learn in another rhythm
     "pqn": EPSILON,
     "tqc_continuous": {"n_critics": 2, "n_quantiles": 5, "top_quantiles_to_drop_per_net": 1},
     "simbav2_continuous": {"v_max": 10.0, "total_timesteps": 2500},
+    "crossq_continuous": {"total_timesteps": 1500},
 }
 
 GOALS = {"CartPole-v1": 195, "Pendulum-v1": -400, "InvertedPendulum-v5": 300}  # mean return of 20 training episodes
@@ -61,6 +62,7 @@ def test_learning_rate_and_gradient_norm(script, anneal_lr, train, monkeypatch):
     flags |= {"learning_starts": 0, "train_frequency": 2, "gradient_steps": 1, "max_grad_norm": 1e-3, "sil_updates": 0}
     flags |= {"policy_frequency": 1}
     flags |= {"learning_rate_end": 0.002 * (not anneal_lr)}
+    flags |= {"policy_delay": 1}
     if script == "reinforce":  # episodes of 3 steps
         flags |= {"num_envs": 1, "episodes_per_update": 1, "total_timesteps": 15}
     if script in ATARI:

@@ -196,7 +196,7 @@ def play(train):
     """play(script, **flags): a run of three counters. Returns them."""
 
     def play(script: str, **flags) -> list[Counter]:
-        train(script, **{"num_envs": 3, "train_frequency": 3, "batch_size": 8} | flags)
+        train(script, **{"num_envs": 3, "train_frequency": 3, "batch_size": 8, "policy_delay": 1} | flags)
         return Counter.made[:3]
 
     return play

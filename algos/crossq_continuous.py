@@ -1,0 +1,594 @@
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#     "filelock==4.3.1", "gymnasium[classic-control,mujoco]==1.4.0", "imageio[ffmpeg]==2.38.1", "mujoco==4.0.0",
+#     "numpy==2.4.6", "safetensors==0.8.0", "tensorboard==2.21.0", "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.17",
+# ]
+# ///
+"""CrossQ for vector observations and continuous actions: SAC with normalized layers and without target networks.
+
+    uv run crossq_continuous.py                           # Pendulum-v1; or: python crossq_continuous.py
+    uv run crossq_continuous.py --env-id HalfCheetah-v5 --total-timesteps 300000
+    uv run crossq_continuous.py --resume runs/Pendulum-v1__crossq_continuous__1__...
+    uv run crossq_continuous.py --evaluate runs/Pendulum-v1__crossq_continuous__1__... --video
+
+Papers: Bhatt et al. 2024, arXiv:1902.05605v4 (CrossQ); Ioffe 2017, arXiv:1702.03275 (batch renormalization).
+
+Details that matter (as in the authors' code unless noted):
+- One forward pass values (s, a) and (s', a') together, so that the batch statistics are those of both distributions.
+- Normalization precedes every linear layer, also the first. Its warm-up counts the updates of its own network.
+- The actor's loss uses the batch statistics of the actor, and updates them; it uses running statistics of the critics.
+  Running statistics of the actor choose the next actions, of the TD targets too.
+- The actor and the temperature learn in every third update of the critics. Adam's first beta is 0.5.
+- The authors' critics have 2048 units, which take 35 times as long on a CPU: --critic-hidden-size 2048 (on a GPU).
+- Different here: renormalization as in Ioffe's paper also where a variance is near 0, SAC's bounds of the standard
+  deviation as in sac_continuous.py, PyTorch's initialization.
+
+Not included: weight normalization, which more updates per step (--utd) need (arXiv:2502.07523).
+"""
+
+import importlib.metadata
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import gymnasium as gym
+import numpy as np
+import safetensors.torch
+import torch
+import tyro
+from filelock import FileLock
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    env_id: str = "Pendulum-v1"  # Gymnasium id; `package:Name-v0` imports the package first
+    seed: int = 1  # random seed
+    total_timesteps: int = 20_000  # environment steps, summed over all environments
+    env_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)  # for gym.make: name value name value
+
+    # The algorithm
+    num_envs: int = 1  # parallel environments (N)
+    buffer_size: int = 1_000_000  # transitions in the replay buffer
+    learning_starts: int = 5_000  # environment steps with random actions before the first update
+    random_repeat: int = 1  # steps for which each of these random actions is repeated
+    utd: int = 1  # updates per environment step (update-to-data ratio)
+    batch_size: int = 256  # transitions per update (B)
+    policy_delay: int = 3  # updates of the critics for each one of the actor and the temperature
+    policy_lr: float = 1e-3  # initial learning rate of the actor
+    q_lr: float = 1e-3  # initial learning rate of the critics and of the temperature
+    anneal_lr: bool = False  # anneal the learning rates linearly to 0
+    adam_b1: float = 0.5  # Adam's decay rate of the mean gradient, for the actor and the critics
+    gamma: float = 0.99  # discount factor
+    bn_momentum: float = 0.99  # decay rate of the running statistics
+    renorm_warmup_steps: int = 100_000  # updates of a network with plain batch normalization before renormalization
+    autotune: bool = True  # tune the temperature to an entropy of -dim(A)
+    alpha: float = 0.2  # temperature, if it is not tuned
+    hidden_size: int = 256  # width of the two hidden layers of the actor
+    critic_hidden_size: int = 256  # of the critics; the paper has 2048
+
+    # The run
+    run_dir: str = ""  # run folder; default: runs/{env}__{algo}__{seed}__{UTC time}
+    resume: str = ""  # resume the run in this folder, with its own flags
+    evaluate: str = ""  # evaluate the agent of the run in this folder instead of training
+    eval_episodes: int = 20  # episodes of the evaluation
+    video: bool = False  # record a video of the first one
+    device: Literal["cpu", "cuda"] = "cpu"  # for networks this small the CPU is faster
+    torch_threads: int = 1  # CPU threads of PyTorch; 0: PyTorch's default
+    compile: bool = False  # torch.compile the losses
+    checkpoint_every: int = 100_000  # steps; a checkpoint restarts the environments and discards unfinished episodes
+
+    def __post_init__(self) -> None:  # tyro reports a ValueError as a usage error
+        may_be_0 = "seed", "torch_threads", "learning_starts", "renorm_warmup_steps"
+        for name, value in vars(self).items():
+            lowest = 1 if type(value) is int and name not in may_be_0 else 0
+            if isinstance(value, int | float) and not lowest <= value < math.inf:
+                raise ValueError(f"{name} must be at least {lowest} and finite, not {value}")
+        if max(self.gamma, self.bn_momentum) > 1 or self.adam_b1 >= 1 or self.alpha == 0:
+            raise ValueError("gamma and bn_momentum must be at most 1, adam_b1 below 1, and alpha greater than 0")
+        if self.num_envs > self.buffer_size or self.batch_size == 1:
+            raise ValueError("num_envs must be at most buffer_size, and batch_size at least 2: batches have a variance")
+
+
+class BatchRenorm(nn.Module):
+    """Batch renormalization (Ioffe 2017, algorithm 1), normalized features of a batch: (B, D) -> (B, D).
+
+    y = weight * x_hat + bias, where x_hat = (x - mean) / std with running statistics, or, in training,
+    x_hat = (x - mean_B) / std_B * r + d with those of the batch, r = std_B / std and d = (mean_B - mean) / std. Without
+    bounds on r and d both are the same; but only in training do gradients pass through mean_B and std_B. In the first
+    `warmup_steps` updates r is 1 and d is 0: batch normalization. The mean of variances replaces the paper's of std.
+    """
+
+    R_MAX, D_MAX, EPS = 3, 5, 1e-3
+
+    def __init__(self, features: int, args: Args) -> None:
+        super().__init__()
+        self.momentum, self.warmup_steps = args.bn_momentum, args.renorm_warmup_steps
+        self.weight, self.bias = nn.Parameter(torch.ones(features)), nn.Parameter(torch.zeros(features))
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("var", torch.ones(features))
+        self.register_buffer("updates", torch.tensor(0))
+
+    def forward(self, x: Tensor, training: bool) -> Tensor:
+        if not training:
+            return nn.functional.batch_norm(x, self.mean, self.var, self.weight, self.bias, eps=self.EPS)
+        with torch.no_grad():
+            batch_mean = x.mean(0)
+            batch_var = (x - batch_mean).square().mean(0)  # on a CPU much faster than torch.var_mean
+            std, is_warm = (self.var + self.EPS).sqrt(), self.updates >= self.warmup_steps
+            r = torch.where(is_warm, ((batch_var + self.EPS).sqrt() / std).clamp(1 / self.R_MAX, self.R_MAX), 1)
+            d = torch.where(is_warm, ((batch_mean - self.mean) / std).clamp(-self.D_MAX, self.D_MAX), 0)
+            self.mean.lerp_(batch_mean, 1 - self.momentum)
+            self.var.lerp_(batch_var, 1 - self.momentum)
+            self.updates += 1
+        weight, bias = r * self.weight, d * self.weight + self.bias  # of (x - mean_B) / std_B
+        return nn.functional.batch_norm(x, None, None, weight, bias, training=True, eps=self.EPS)
+
+
+class NormalizedMLP(nn.ModuleList):
+    """Two hidden layers of `width` ReLU units, batch renormalization before each linear layer."""
+
+    def __init__(self, inputs: int, width: int, outputs: int, args: Args) -> None:
+        super().__init__([BatchRenorm(inputs, args), nn.Linear(inputs, width), nn.ReLU()])
+        self.extend([BatchRenorm(width, args), nn.Linear(width, width), nn.ReLU()])
+        self.extend([BatchRenorm(width, args), nn.Linear(width, outputs)])
+
+    def forward(self, x: Tensor, training: bool) -> Tensor:
+        for layer in self:
+            x = layer(x, training) if isinstance(layer, BatchRenorm) else layer(x)
+        return x
+
+
+class Critics(nn.Module):
+    """Two independent estimates of Q(s, a)."""
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args) -> None:
+        super().__init__()
+        self.qf1 = NormalizedMLP(obs_dim + action_dim, args.critic_hidden_size, 1, args)
+        self.qf2 = NormalizedMLP(obs_dim + action_dim, args.critic_hidden_size, 1, args)
+
+    def forward(self, obs: Tensor, actions: Tensor, training: bool = False) -> Tensor:
+        """(B, D), (B, A) -> (2, B). In training, with the statistics of the batch, which update the running ones."""
+        x = torch.cat([obs, actions], -1)
+        return torch.stack([self.qf1(x, training), self.qf2(x, training)]).squeeze(-1)
+
+
+class Agent(nn.Module):
+    """Actor, critics, and temperature. Actions are in [-1, 1], whatever the bounds of the environment are."""
+
+    def __init__(self, envs: gym.vector.VectorEnv, args: Args) -> None:
+        super().__init__()
+        (obs_dim,), (action_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
+        self.actor = NormalizedMLP(obs_dim, args.hidden_size, 2 * action_dim, args)
+        self.critics = Critics(obs_dim, action_dim, args)
+        log_alpha = torch.tensor(0.0 if args.autotune else math.log(args.alpha))
+        self.log_alpha = nn.Parameter(log_alpha, requires_grad=args.autotune)
+
+    def policy(self, obs: Tensor, training: bool = False) -> tuple[Tensor, Tensor]:
+        """Mean and log standard deviation of the Gaussian before tanh: (B, D) -> (B, A), (B, A)."""
+        mean, log_std = self.actor(obs, training).chunk(2, -1)
+        return mean, -5 + 3.5 * (log_std.tanh() + 1)  # in [-5, 2]
+
+    def action_and_logprob(self, obs: Tensor, noise: Tensor, training: bool = False) -> tuple[Tensor, Tensor]:
+        """a = tanh(mean + std * noise) and log pi(a|s), noise ~ N(0, 1): (B, D), (B, A) -> (B, A), (B,)."""
+        mean, log_std = self.policy(obs, training)
+        u = mean + log_std.exp() * noise
+        return u.tanh(), tanh_logprob(u, noise, log_std)
+
+    @torch.no_grad()
+    def sample(self, obs: Tensor) -> Tensor:
+        """Actions sampled from the policy: (N, D) -> (N, A)."""
+        mean, log_std = self.policy(obs)
+        return (mean + log_std.exp() * torch.randn_like(mean)).tanh()
+
+    @torch.no_grad()
+    def act(self, obs: Tensor) -> Tensor:
+        """Greedy actions, tanh of the mean, for the evaluation: (N, D) -> (N, A)."""
+        return self.policy(obs)[0].tanh()
+
+
+class Adapter(gym.Wrapper):
+    """Observations as float32 copies (some environments reuse their array), no infos, actions from [-1, 1]."""
+
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env)
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
+        low, high = env.action_space.low.astype(np.float64), env.action_space.high.astype(np.float64)
+        self.center, self.half_range = low / 2 + high / 2, high / 2 - low / 2
+
+    def reset(self, **kwargs):
+        obs, _ = self.env.reset(**kwargs)
+        return np.array(obs, np.float32), {}
+
+    def step(self, action):
+        action = np.clip(self.center + self.half_range * action, self.action_space.low, self.action_space.high)
+        obs, reward, terminated, truncated, _ = self.env.step(action.astype(self.action_space.dtype))
+        return np.array(obs, np.float32), np.asarray(reward, np.float64).item(), terminated, truncated, {}
+
+
+def make_envs(args: Args, num_envs: int, render: bool = False) -> gym.vector.VectorEnv:
+    """SAME_STEP autoreset: where an episode ends, `step` already returns the first observation of the next one."""
+
+    def make_env() -> gym.Env:
+        env = gym.make(args.env_id, **args.env_kwargs, **({"render_mode": "rgb_array"} if render else {}))
+        # Your wrappers go here, without memory: they start anew at checkpoints (for statistics, see ppo_continuous.py)
+        if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
+            fail(f"{args.env_id} has observations {env.observation_space}, not a Box of shape (n,)")
+        space = env.action_space
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or space.dtype.kind != "f":
+            fail(f"{args.env_id} has actions {space}, not a Box of floats of shape (n,): see sac_discrete.py?")
+        if not space.is_bounded():
+            fail(f"{args.env_id} has actions {space}, without bounds")
+        return Adapter(env)
+
+    if render and sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a display
+    try:
+        if args.env_id.startswith("HalfCheetah"):  # its model gives the same warning whenever it is loaded
+            mujoco = importlib.import_module("mujoco")
+            mujoco.set_mju_user_warning(lambda text: "settotalmass" in text or print(text, file=sys.stderr))
+        return gym.vector.SyncVectorEnv([make_env] * num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    except (gym.error.Error, ImportError) as error:
+        fail(f"cannot make {args.env_id}: {error}")
+
+
+def real_next_obs(next_obs: np.ndarray, infos: dict) -> np.ndarray:
+    """What the actions led to: the final observation where an episode ended, not the first one of the next episode."""
+    if "final_obs" in infos:
+        next_obs, ended = next_obs.copy(), infos["_final_obs"]
+        next_obs[ended] = np.stack(infos["final_obs"][ended])
+    return next_obs
+
+
+class ReplayBuffer:
+    """The most recent transitions, in preallocated arrays; the oldest ones are overwritten first."""
+
+    def __init__(self, size: int, envs: gym.vector.VectorEnv) -> None:
+        self.size, self.added = size - size % envs.num_envs, 0  # a multiple of N, so that `add` never wraps around
+        obs, next_obs = np.zeros((2, self.size, *envs.single_observation_space.shape), np.float32)
+        actions = np.zeros((self.size, *envs.single_action_space.shape), np.float32)
+        self.arrays = [obs, actions, np.zeros(self.size, np.float32), next_obs, np.zeros(self.size, bool)]
+
+    def add(self, *transition: np.ndarray) -> None:
+        """Add a step of all environments, (N, ...): obs, actions, rewards, next_obs, terminations."""
+        start = self.added % self.size
+        for array, values in zip(self.arrays, transition, strict=True):
+            array[start : start + len(values)] = values
+        self.added += len(values)
+
+    def sample(self, batch_size: int, device: str) -> list[Tensor]:
+        """A uniform sample, with replacement, (B, ...): obs, actions, rewards, next_obs, terminations."""
+        rows = np.random.randint(min(self.added, self.size), size=batch_size)
+        return [torch.from_numpy(array[rows]).to(device) for array in self.arrays]
+
+    def state_dict(self) -> dict:
+        filled = min(self.added, self.size)
+        return {"added": self.added, "arrays": [torch.from_numpy(array[:filled]) for array in self.arrays]}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.added = state["added"]
+        for array, saved in zip(self.arrays, state["arrays"], strict=True):
+            array[: len(saved)] = saved.numpy()
+
+
+def tanh_logprob(u: Tensor, noise: Tensor, log_std: Tensor) -> Tensor:
+    """log pi(tanh u) for u = mean + std * noise, SAC appendix C: (B, A), (B, A), (B, A) -> (B,).
+
+    log N(u) - log(1 - tanh(u)^2), summed over the dimensions. The second logarithm is 2 (log 2 - u - softplus(-2u)),
+    which stays finite where tanh(u) rounds to 1.
+    """
+    log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+    return (log_normal - 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))).sum(-1)
+
+
+def critic_loss(agent, args, noise, obs, actions, rewards, next_obs, terminations) -> tuple[Tensor, dict]:
+    """SAC eq. 5 without its 1/2, summed over both critics, on B transitions. Returns the loss and the metrics to log.
+
+    The soft TD target is r + gamma (min_i Q_i(s', a') - alpha log pi(a'|s')), a' ~ pi(.|s'). There is no target
+    network: Q(s', a') comes from the pass that computes Q(s, a). It is a constant for the gradient, but as part of the
+    batch it shapes the statistics by which Q(s, a) is normalized. The noise (B, A) of a' is an argument so that the
+    loss is the same, compiled or not.
+    """
+    # The observation that ended an episode has no value, but is part of the batch: keep it finite
+    next_obs = torch.where(terminations[:, None], next_obs.nan_to_num(0, 0, 0), next_obs)
+    with torch.no_grad():
+        next_actions, next_logprobs = agent.action_and_logprob(next_obs, noise)
+    both = agent.critics(torch.cat([obs, next_obs]), torch.cat([actions, next_actions]), training=True)  # (2, 2B)
+    q_values, next_q_values = both.chunk(2, -1)
+    with torch.no_grad():
+        next_values = next_q_values.amin(0) - agent.log_alpha.exp() * next_logprobs
+        td_target = rewards + args.gamma * torch.where(terminations, 0, next_values)
+    loss = (q_values - td_target).square().mean(-1).sum()
+    return loss, {"losses/qf_loss": loss.detach(), "losses/q_values": q_values.detach().mean()}
+
+
+def actor_loss(agent, noise, obs) -> tuple[Tensor, Tensor, dict]:
+    """SAC eq. 9 on B states: alpha log pi(a|s) - min_i Q_i(s, a). Returns the loss, the entropy, and the metrics."""
+    actions, logprobs = agent.action_and_logprob(obs, noise, training=True)
+    alpha, entropy = agent.log_alpha.exp().detach(), -logprobs.detach().mean()
+    loss = (alpha * logprobs - agent.critics(obs, actions).amin(0)).mean()
+    return loss, entropy, {"losses/actor_loss": loss.detach(), "losses/entropy": entropy, "losses/alpha": alpha}
+
+
+def alpha_loss(agent, entropy: Tensor, target_entropy: float) -> Tensor:
+    """SAC eq. 18 with log alpha in place of alpha, which rises where the policy's entropy is below its target."""
+    return agent.log_alpha * (entropy - target_entropy)
+
+
+def train(args: Args) -> None:
+    """CrossQ, with N environments in parallel."""
+    N, device = args.num_envs, args.device
+    envs, obs = start_envs(args, "train", 0, N)  # seeds everything
+    agent = Agent(envs, args).to(device)
+    actor_parameters, betas = list(agent.actor.parameters()), (args.adam_b1, 0.999)
+    q_optimizer = torch.optim.Adam(agent.critics.parameters(), lr=args.q_lr, betas=betas, fused=True)
+    actor_optimizer = torch.optim.Adam(actor_parameters, lr=args.policy_lr, betas=betas, fused=True)
+    alpha_optimizer = torch.optim.Adam([agent.log_alpha], lr=args.q_lr, fused=True)
+    replay = ReplayBuffer(args.buffer_size, envs)
+    target_entropy = -envs.single_action_space.shape[0]  # -dim(A)
+    critic_loss_fn = torch.compile(critic_loss) if args.compile else critic_loss
+    actor_loss_fn = torch.compile(actor_loss) if args.compile else actor_loss
+    optimizers = {"q_optimizer": q_optimizer, "actor_optimizer": actor_optimizer, "alpha_optimizer": alpha_optimizer}
+    run = Run(args, agent=agent, replay=replay, **optimizers)  # with --resume, restores all
+    global_step, history, actions = run.start_step, [], None
+
+    while global_step < args.total_timesteps:
+        if run.checkpoint(global_step):  # every `checkpoint_every` steps and after a resume: environments restart
+            envs, obs = start_envs(args, "train", global_step, N, old_envs=envs)
+            actions = None
+        if args.anneal_lr:
+            scale = 1 - global_step / args.total_timesteps
+            actor_optimizer.param_groups[0]["lr"] = args.policy_lr * scale
+            q_optimizer.param_groups[0]["lr"] = alpha_optimizer.param_groups[0]["lr"] = args.q_lr * scale
+
+        # Act
+        if global_step >= args.learning_starts:
+            actions = agent.sample(torch.from_numpy(obs).to(device)).cpu().numpy()
+        elif actions is None or global_step % (args.random_repeat * N) < N:
+            actions = np.random.uniform(-1, 1, (N, *envs.single_action_space.shape)).astype(np.float32)
+        next_obs, rewards, terminations, truncations, infos = envs.step(actions)
+        replay.add(obs, actions, rewards, real_next_obs(next_obs, infos), terminations)
+        obs = next_obs
+        global_step += N
+        run.record(global_step, rewards, terminations | truncations)
+
+        # Learn: utd * N updates, numbered from the beginning of the run
+        if global_step > args.learning_starts:
+            for update in range(args.utd * (global_step - N) + 1, args.utd * global_step + 1):
+                batch = replay.sample(args.batch_size, device)
+                noise = torch.randn(2, *batch[1].shape, device=device)
+                loss, critic_metrics = critic_loss_fn(agent, args, noise[0], *batch)
+                q_optimizer.zero_grad()
+                loss.backward()
+                q_optimizer.step()
+                if update % args.policy_delay == 0:
+                    loss, entropy, actor_metrics = actor_loss_fn(agent, noise[1], batch[0])
+                    actor_optimizer.zero_grad()
+                    loss.backward(inputs=actor_parameters)  # not the critics' weights
+                    actor_optimizer.step()
+                    if args.autotune:
+                        alpha_optimizer.zero_grad()
+                        alpha_loss(agent, entropy, target_entropy).backward()
+                        alpha_optimizer.step()
+                    history.append(critic_metrics | actor_metrics)
+
+        if global_step % 1_000 < N or global_step >= args.total_timesteps:  # log every 1,000 steps
+            run.log(global_step, history, {"charts/learning_rate": q_optimizer.param_groups[0]["lr"]})
+            history = []
+    run.finish(global_step, envs)
+
+
+# ------------------- The run: identical in every script; skip it if you are here for the algorithm --------------------
+
+
+def fail(message: str, code: int = 2) -> NoReturn:  # exit codes: 2 is bad input, 3 NaN or inf, 130 an interrupt
+    print("error:", *message.split(), file=sys.stderr)
+    sys.exit(code)
+
+
+def close(envs: gym.vector.VectorEnv | None) -> None:
+    try:
+        envs and envs.close()
+    except Exception as error:  # not worth losing a run
+        print(f"warning: an environment failed to close: {error!r}", file=sys.stderr)
+
+
+def start_envs(args: Args, stream: str, step: int, num_envs: int, old_envs=None, render: bool = False):
+    """Replace `old_envs`. All random numbers restart from (seed, step), so that checkpoints need not hold any state."""
+    name = re.sub("[^A-Za-z0-9.-]+", "-", args.env_id) + f"__{Path(__file__).stem}__{args.seed}"
+    args.run_dir = os.path.abspath(args.run_dir or time.strftime(f"runs/{name}__%Y%m%dT%H%M%SZ", time.gmtime()))
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: PyTorch finds no GPU")
+    torch.set_num_threads(args.torch_threads or torch.get_num_threads())
+    close(old_envs)
+    envs = make_envs(args, num_envs, render)
+    seed = int(np.random.SeedSequence([args.seed, step, *stream.encode()]).generate_state(1)[0]) >> 1
+    for seed_library in (random.seed, np.random.seed, torch.manual_seed):
+        seed_library(seed)
+    torch.set_default_dtype(torch.float32)  # a package with environments may have changed these two
+    torch.set_grad_enabled(True)
+    for i, env in enumerate(envs.envs):
+        for space in (env.action_space, env.unwrapped.action_space, env.unwrapped.observation_space):
+            space.seed(seed + i)
+    return envs, envs.reset(seed=seed)[0]
+
+
+def write_atomically(path: Path, write) -> None:  # a crash leaves the old file or the new one
+    temporary = path.with_name("." + path.name)
+    write(temporary)
+    temporary.replace(path)
+
+
+class Run:  # the run folder: args.json, a copy of the script, episodes.csv, TensorBoard events, checkpoint.pt, results
+    def __init__(self, args: Args, **parts) -> None:  # parts: all that a resume restores, each with a state_dict
+        self.args, self.parts, self.path, script = args, parts, Path(args.run_dir), Path(__file__)
+        if not args.resume and {path.name for path in self.path.glob("[!.]*")} - {"episodes.csv", script.name}:
+            fail(f"{self.path} exists: continue it with --resume, or choose another --run-dir")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = FileLock(self.path / ".lock").acquire(blocking=False)
+        except OSError as error:  # also filelock.Timeout
+            fail(f"cannot use {self.path}, or another process does: {error}")
+        state = {"step": 0, "seconds": 0.0, "recent": [], "csv_size": 27}  # of the header
+        if not args.resume:
+            git = ["git", "-C", script.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+            versions = {package.name: package.version for package in importlib.metadata.distributions()}
+            info = {"args": asdict(args) | {"run_dir": ""}, "command": sys.argv, "commit": commit, "versions": versions}
+            info |= {"cpu": torch.cpu.get_capabilities().get("cpu_name"), "threads": torch.get_num_threads()}
+            info |= {"gpu": torch.cuda.get_device_name() if args.device == "cuda" else None, "started": time.ctime()}
+            (self.path / "episodes.csv").write_text("step,seconds,return,length\n", newline="")
+            write_atomically(self.path / script.name, lambda path: shutil.copy(script, path))
+            write_atomically(self.path / "args.json", lambda path: path.write_text(json.dumps(info, indent=2)))
+        elif (self.path / "checkpoint.pt").exists():
+            state = torch.load(self.path / "checkpoint.pt", map_location="cpu", weights_only=True)
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+        self.start_step, self.next_checkpoint = state["step"], state["step"] or args.checkpoint_every
+        self.started = time.perf_counter() - state["seconds"]
+        self.recent = deque(state["recent"], maxlen=100)  # (return, length) of the last 100 episodes
+        self.returns, self.lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, int)
+        self.csv = (self.path / "episodes.csv").open("a", buffering=1)
+        self.csv.truncate(state["csv_size"])
+        self.writer = SummaryWriter(self.path, purge_step=self.start_step + 1)  # hides what a killed run logged later
+        self.bar = tqdm(total=args.total_timesteps, initial=state["step"], mininterval=1 if sys.stderr.isatty() else 60)
+
+    def checkpoint(self, step: int, last: bool = False) -> bool:  # True: the environments have to restart
+        if step < self.next_checkpoint and not last:
+            return False
+        if not all(weights.isfinite().all() for weights in self.parts["agent"].parameters()):
+            fail(f"{self.path} diverged before step {step}: NaN or inf in the weights", code=3)
+        if self.lengths.max() * self.args.num_envs >= step - self.start_step > 0:
+            self.bar.write("warning: discarded an episode as long as the run or --checkpoint-every", sys.stderr)
+        self.start_step, self.next_checkpoint = step, step + self.args.checkpoint_every
+        self.returns[:] = self.lengths[:] = 0
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"step": step, "seconds": time.perf_counter() - self.started}
+        state |= {"recent": list(self.recent), "csv_size": os.path.getsize(self.csv.name)}
+        write_atomically(self.path / "checkpoint.pt", lambda path: torch.save(state, path))
+        return True
+
+    def record(self, step: int, rewards: np.ndarray, dones: np.ndarray) -> None:  # ended episodes become rows
+        self.returns, self.lengths = self.returns + rewards, self.lengths + 1
+        for i in np.flatnonzero(dones):
+            self.csv.write(f"{step},{time.perf_counter() - self.started:.2f},{self.returns[i]},{self.lengths[i]}\n")
+            self.recent.append((float(self.returns[i]), int(self.lengths[i])))
+            self.returns[i] = self.lengths[i] = 0
+
+    def log(self, step: int, history: list[dict[str, Tensor]], charts: dict[str, Tensor | float]) -> None:
+        """Write the means of `history` and `charts` to TensorBoard; stop the run if anything is NaN or inf."""
+        metrics = {name: sum(x[name] for x in history) / len(history) for name in (history or [{}])[0]} | charts
+        metrics["charts/SPS"] = step / (time.perf_counter() - self.started)
+        metrics["charts/weight_norm"] = nn.utils.get_total_norm(self.parts["agent"].parameters()).item()
+        if self.recent:
+            metrics["charts/episodic_return"], metrics["charts/episodic_length"] = np.mean(self.recent, axis=0)
+            self.bar.set_postfix_str(f"return {metrics['charts/episodic_return']:.1f}", refresh=False)
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, float(value), step)
+        self.bar.update(min(step, self.bar.total) - self.bar.n)  # the last rollout may go beyond total_timesteps
+        if bad := [name for name, value in metrics.items() if not math.isfinite(value)]:
+            self.writer.close()
+            fail(f"{self.path} diverged before step {step}: NaN or inf in {', '.join(bad[:3])}", code=3)
+
+    def finish(self, step: int, envs: gym.vector.VectorEnv) -> None:  # result.json marks a finished run
+        agent, seconds = self.parts["agent"], time.perf_counter() - self.started
+        write_atomically(self.path / "agent.safetensors", lambda path: safetensors.torch.save_model(agent, path))
+        self.checkpoint(step, last=True)  # a kill from here on costs no training
+        self.bar.close()
+        self.writer.close()
+        final_return = np.mean(self.recent, axis=0)[0] if self.recent else None
+        result = dict(final_return=final_return, **evaluate(self.args, agent.eval(), envs), steps=step, seconds=seconds)
+        peak = importlib.import_module("resource").getrusage(0).ru_maxrss if os.name == "posix" else 0
+        result |= {"sps": step / seconds, "peak_memory_mb": peak / (2**20 if sys.platform == "darwin" else 2**10)}
+        write_atomically(self.path / "result.json", lambda path: path.write_text(json.dumps(result, indent=2)))
+        (self.path / "checkpoint.pt").unlink()
+        print(f"curves: tensorboard --logdir {self.path}; video: python {sys.argv[0]} --evaluate {self.path} --video")
+        if self.args.video:
+            record_video(self.args, agent, envs)
+
+
+@torch.inference_mode()
+def evaluate(args: Args, agent: nn.Module, envs: gym.vector.VectorEnv, video=None) -> dict:
+    """One episode per environment, so that short ones do not count more; at most `num_envs` at a time."""
+    returns, running = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, bool)
+    for first in range(0, len(returns), args.num_envs):
+        rows = slice(first, min(first + args.num_envs, len(returns)))
+        envs, obs = start_envs(args, "eval", first, rows.stop - first, envs, render=video is not None)
+        for _ in tqdm(range(30_000), desc="evaluation", leave=False, delay=1, mininterval=1):
+            if video:
+                video.append_data(envs.envs[0].render())
+            actions = agent.act(torch.from_numpy(obs).to(args.device)).cpu().numpy()
+            obs, rewards, terminations, truncations, _ = envs.step(actions)
+            returns[rows] += np.where(running[rows], rewards, 0)
+            running[rows] &= ~(terminations | truncations)
+            if not running[rows].any():
+                break
+    close(envs)
+    mean, std, truncated = returns.mean(), returns.std(), int(running.sum())
+    print(f"{args.run_dir}: return {mean:.1f} +- {std:.1f} in {len(returns)} episodes, {truncated} over 30,000 steps")
+    return dict(eval_return_mean=mean, eval_return_std=std, eval_episodes=len(returns), eval_truncated=truncated)
+
+
+def record_video(args: Args, agent: nn.Module, envs: gym.vector.VectorEnv) -> None:
+    try:
+        path, fps = Path(args.run_dir, "videos", f"seed{args.seed}.mp4"), float(envs.metadata.get("render_fps") or 30)
+        path.parent.mkdir(exist_ok=True)
+        with importlib.import_module("imageio").get_writer(path, fps=fps, macro_block_size=2) as video:
+            evaluate(replace(args, eval_episodes=1), agent, envs, video)
+    except (Exception, SystemExit) as error:  # the result is saved
+        print(f"warning: no video: {error!r}", file=sys.stderr)
+
+
+def main() -> None:
+    sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))  # None if closed
+    sys.stdout.reconfigure(errors="replace")  # not every terminal can print every path
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` ends a run as Ctrl-C does
+    words = [re.sub(r"(?<![^=])\d+(\.\d)?e[3-9]$", lambda m: f"{float(m[0]):.0f}", x) for x in sys.argv[1:]]  # 1e6
+    args = tyro.cli(Args, args=words, description=__doc__.split("\n")[0])
+    if folder := args.resume or args.evaluate:  # the flags of that run become the defaults
+        script, files = Path(__file__), set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        needed = {script.name, "args.json", "agent.safetensors" if args.evaluate else "args.json"}
+        if needed - files or args.resume and (args.evaluate or "result.json" in files):
+            fail(f"{folder} is not {'an unfinished' if args.resume else 'a finished'} run of {script.name}")
+        if args.resume and Path(folder, script.name).read_bytes() != script.read_bytes():
+            fail(f"{script.name} has changed since: resume with the copy in the folder, {folder}/{script.name}")
+        saved = json.loads(Path(folder, "args.json").read_text())["args"] | {"run_dir": folder, "resume": args.resume}
+        saved |= {"env_kwargs": {}} if args.env_kwargs else {}  # with other defaults tyro would take only their names
+        defaults = Args(**{name: saved[name] for name in Args.__dataclass_fields__ if name in saved})
+        args = tyro.cli(Args, args=words, default=defaults)
+        if args.resume and args != defaults:
+            fail("--resume continues a run with its own flags: remove the others")
+    try:
+        if not args.evaluate:
+            return train(args)
+        envs, _ = start_envs(args, "eval", 0, 1)
+        agent = Agent(envs, args).to(args.device).eval()
+        safetensors.torch.load_model(agent, Path(args.run_dir, "agent.safetensors"))
+        evaluate(args, agent, envs)
+        if args.video:
+            record_video(args, agent, envs)
+    except KeyboardInterrupt:
+        fail("interrupted" if args.evaluate else f"interrupted: --resume {args.run_dir} continues it", code=130)
+    except Exception as error:
+        if re.search("MemoryError|Allocator|out of memory|No space|StreamWriter|t.creator|s. in loading", repr(error)):
+            fail(str(error) or repr(error))
+        error.add_note("If the error is in your environment, gymnasium.utils.env_checker.check_env may explain it.")
+        raise
+
+
+if __name__ == "__main__":
+    main()
