@@ -180,7 +180,7 @@ def linear_schedule(start: float, end: float, duration: float, t: float) -> floa
 
 
 def sarsa_loss(agent, args, obs, actions, rewards, next_obs, next_actions, terminations) -> tuple[Tensor, dict]:
-    """S&B eq. 10.1 on B steps: obs and next_obs (B, D), the others (B,). Returns the loss and the metrics to log."""
+    """S&B eq. 10.2 on B steps: obs and next_obs (B, D), the others (B,). Returns the loss and the metrics to log."""
     with torch.no_grad():
         next_q_values = agent(next_obs).gather(-1, next_actions.unsqueeze(-1)).squeeze(-1)
         td_target = rewards + args.gamma * torch.where(terminations, 0, next_q_values)
