@@ -68,7 +68,7 @@ class Args:
     norm_adv: bool = True  # normalize the advantages (without baseline: the returns) of each update
     ent_coef: float = 0.0  # entropy coefficient
     vf_coef: float = 0.5  # value loss coefficient
-    max_grad_norm: float = 0.5  # maximum global norm of the gradient
+    max_grad_norm: float = 50.0  # maximum global norm of the gradient
     hidden_size: int = 64  # width of the two hidden layers
 
     # The run
