@@ -26,7 +26,7 @@ from markdown_it import MarkdownIt
 from benchmark import plots, results, runs, stats, suites
 from benchmark.stats import between, exact, form, fraction, whole, with_interval
 
-FIRST = ["classic", "box2d", "mujoco", "atari-cpu", "atari"]  # the order on the page; other suites follow
+FIRST = ["classic", "box2d", "mujoco", "off-policy", "atari-cpu", "atari"]  # the order on the page; other suites follow
 BASELINE = "ppo"
 METRICS = {  # in reference.csv: our closest column, and its name on the page
     "train_ma_100ckpt": ("slm_score", "SLM-Lab's training average"),
