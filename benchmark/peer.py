@@ -1,7 +1,7 @@
 """Train with CleanRL or Stable-Baselines3 for speed.py, with the Python that has them. The job is JSON:
 
     python peer.py '{"script": ".../cleanrl/ppo.py", "env_ids": ["CartPole-v1"], "flags": ["--seed", "1"], ...}'
-    python peer.py '{"algorithm": "PPO", "env_ids": ["CartPole-v1"], "arguments": {"n_steps": 128}, ...}'
+    python peer.py '{"algorithm": "stable_baselines3.PPO", "env_ids": ["CartPole-v1"], "arguments": {"n_steps": 128}, ...}'
 
 Prints environment and versions as JSON, then "SPS: n"; CleanRL's scripts print that after each rollout or so.
 """
@@ -28,11 +28,11 @@ def cleanrl(job: dict, env_id: str) -> None:
 
 
 def sb3(job: dict, env_id: str) -> None:
-    import stable_baselines3
     from stable_baselines3.common.env_util import make_atari_env, make_vec_env
     from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
 
-    algorithm, is_atari = getattr(stable_baselines3, job["algorithm"]), "NoFrameskip" in env_id
+    module, _, name = job["algorithm"].rpartition(".")
+    algorithm, is_atari = getattr(importlib.import_module(module), name), "NoFrameskip" in env_id
     env = (make_atari_env if is_atari else make_vec_env)(env_id, job["num_envs"], job["seed"])
     env = VecFrameStack(env, 4) if is_atari else VecNormalize(env) if job["normalize"] else env
     known = inspect.signature(algorithm).parameters

@@ -68,7 +68,7 @@ def peer_command(args: Args, preset: dict, seed: int, steps: int) -> list[str]:
         job["flags"] = words_of(preset.get("cleanrl_flags", {}))
     else:
         flags = preset["flags"]
-        job["algorithm"] = args.script.stem.split("_")[0].upper()
+        job["algorithm"] = preset.get("sb3_class", "stable_baselines3." + args.script.stem.split("_")[0].upper())
         job["arguments"] = {SB3_NAMES.get(name, name): value for name, value in flags.items()}
         job["arguments"] |= preset.get("sb3", {})
         if "num_minibatches" in flags:
