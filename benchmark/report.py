@@ -1,4 +1,4 @@
-"""Write docs/BENCHMARKS.md, its plots, and README's table from benchmark/results/; or a page about your own runs.
+"""Write docs/BENCHMARKS.md, its plots, and README's scores from benchmark/results/; or a page about your own runs.
 
     python benchmark/report.py                                  # collect from runs/, then write page and plots
     python benchmark/report.py --no-collect                     # from benchmark/results/ alone
@@ -28,6 +28,8 @@ from benchmark.stats import between, exact, form, fraction, whole, with_interval
 
 FIRST = ["classic", "box2d", "mujoco", "off-policy", "atari-cpu", "atari"]  # the order on the page; other suites follow
 BASELINE = "ppo"
+TELLING = ["HalfCheetah-v5", "LunarLander-v3", "CartPole-v1"]  # the one score of a script is on the first that it ran
+CHART = r"^\| \[`(\w+)\.py`\]\(\1\.py\) \| (.*?) \| (.*?) \|$"  # a row of algos/README.md
 METRICS = {  # in reference.csv: our closest column, and its name on the page
     "train_ma_100ckpt": ("slm_score", "SLM-Lab's training average"),
     "train_last100": ("final_return", "last 100 training episodes"),
@@ -231,16 +233,28 @@ def anchor(title: str) -> str:
     return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
 
 
+def environment(env: str) -> str:
+    return f"[{env.rpartition(':')[2]}](/docs/BENCHMARKS.md#{anchor(env)})"
+
+
+def algorithms(cells: pd.DataFrame) -> list[dict[str, str]]:
+    """A row for each script, in the order of algos/README.md, with one score."""
+    rows = []
+    for stem, adds, envs in re.findall(CHART, (runs.SCRIPTS / "README.md").read_text(), re.M):
+        ran = [x for x in cells[cells["ran"]].itertuples() if x.script.stem == stem]
+        ran.sort(key=lambda x: TELLING.index(x.env) if x.env in TELLING else len(TELLING))
+        scores = [f"{describe(x)['training return'].split(' [')[0]} {environment(x.env)}" for x in ran[:1]]
+        row = {"file": f"[`{stem}`](/algos/{stem}.py)", "what it adds to the one before": adds, "environments": envs}
+        rows.append(row | {"training return": "".join(scores) or "not run yet"})
+    return rows
+
+
 def readme(text: str, cells: pd.DataFrame) -> str:
-    """README.md with a table of the baseline between the two comments."""
+    """README.md with the table of algorithms between the two comments."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
-    shown = list(cells[cells["ran"] & (cells["algo"] == BASELINE)].itertuples())
-    rows = [describe(x) | {"environment": f"[{x.env}](docs/BENCHMARKS.md#{anchor(x.env)})"} for x in shown]
-    lines = table(rows, ["environment", *(name for name in SCORES if name != "worst … best")])
-    lines += ["†: so many runs were made by an earlier version of the script.", ""]
-    lines += fold("The commands", "```sh", *(f"uv run {x.command}" for x in shown), "```", "")
-    return before + begin + "\n" + "\n".join(lines).replace("../", "") + "\n" + end + after if end else text
+    lines = "\n".join(table(algorithms(cells))).replace("](/", "](")
+    return before + begin + "\n" + lines + "\n" + end + after if end else text
 
 
 def plot_name(suite: str, what: str) -> str:

@@ -10,7 +10,7 @@ a ratio: above 1, ours is faster. The first pair is a warm-up and does not count
 true numbers. What counts is training, without start-up: ours by result.json; CleanRL's by the last SPS that it prints;
 Stable-Baselines3's around learn(). Steps before the first update of an off-policy script do not count.
 
---save adds the result to benchmark/results/speed.csv and rewrites the table in README.md.
+--save adds the result to benchmark/results/speed.csv, which docs/speed.md shows.
 """
 
 import json
@@ -36,7 +36,6 @@ from benchmark.runs import ROOT, fail, words_of
 PEER, SAVED = Path(__file__).resolve().parent / "peer.py", ROOT / "benchmark" / "results" / "speed.csv"
 PRESETS = tomllib.loads(PEER.with_suffix(".toml").read_text())
 SB3_NAMES = PRESETS.pop("sb3_names")
-MARKS = "<!-- speed: benchmark/speed.py --save writes this table -->", "<!-- /speed -->"
 
 
 @dataclass
@@ -49,7 +48,7 @@ class Args:
     repeats: int = 3  # pairs that count
     threads: int = 0  # CPU threads of PyTorch on both sides; 0: each side's own default
     device: Literal["cpu", "cuda"] = "cpu"  # device of both sides
-    save: bool = False  # add the result to benchmark/results/speed.csv and the README
+    save: bool = False  # add the result to benchmark/results/speed.csv
 
 
 def our_command(args: Args, preset: dict | None, seed: int, steps: int, folder: Path, extra: list[str]) -> list[str]:
@@ -110,31 +109,9 @@ def measure_peer(args: Args, preset: dict, seed: int, steps: int) -> tuple[float
     return sps * (1 - preset["flags"].get("learning_starts", 0) / steps), about
 
 
-def read() -> pd.DataFrame:
-    return pd.read_csv(SAVED, keep_default_na=False)
-
-
-def table(saved: pd.DataFrame) -> str:
-    """The rows of speed.csv for the README, the newest of each pair of script and peer."""
-    lines = ["| script | environment | beside | ours, steps/s | theirs | ratio [min, max] | pairs | measured |"]
-    lines += ["|---|---|---|---|---|---|---|---|"]
-    for _, row in saved.drop_duplicates(["script", "peer", "device", "flags"], keep="last").iterrows():
-        threads = f"{row['threads']} thread" + "s" * (row["threads"] > 1)
-        where = f"{row['gpu'] if row['device'] == 'cuda' else row['cpu']}, {threads}, `{row['commit'][:7]}`"
-        ratio = f"**{row['ratio']:.2f}** [{row['ratio_min']:.2f}, {row['ratio_max']:.2f}]"
-        flags, peer = f" `{row['flags']}`" if row["flags"] else "", f"{row['peer']} {row['version']}".strip()
-        cells = [f"`{row['script']}`{flags}", row["env"], peer, f"{row['ours']:,.0f}", f"{row['theirs']:,.0f}"]
-        lines.append(f"| {' | '.join([*cells, ratio, str(row['pairs']), where])} |")
-    return "\n".join(lines)
-
-
 def save(row: dict) -> None:
-    rows = [read()] if SAVED.exists() else []
-    saved = pd.concat([*rows, pd.DataFrame([row])], ignore_index=True)
-    saved.to_csv(SAVED, index=False, float_format="%.5g")
-    readme = ROOT / "README.md"
-    before, rest = readme.read_text().split(MARKS[0])
-    readme.write_text(f"{before}{MARKS[0]}\n{table(saved)}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
+    rows = [pd.read_csv(SAVED, keep_default_na=False)] if SAVED.exists() else []
+    pd.concat([*rows, pd.DataFrame([row])], ignore_index=True).to_csv(SAVED, index=False, float_format="%.5g")
 
 
 def main() -> None:
@@ -147,6 +124,8 @@ def main() -> None:
         fail("--repeats must be at least 1, --threads and --total-timesteps at least 0")
     if preset is None and (args.peer or not args.total_timesteps):
         fail(f"only {', '.join(PRESETS)} have a preset; another script runs alone, with --total-timesteps")
+    if args.peer == "cleanrl" and "cleanrl" not in preset:
+        fail(f"CleanRL has no {args.script.stem}")
     if args.peer == "cleanrl" and not (args.peer_path / "cleanrl" / preset["cleanrl"]).is_file():
         fail(f"--peer-path {args.peer_path} has no cleanrl/{preset['cleanrl']}")
     if args.save and not args.peer:

@@ -8,6 +8,8 @@
     {{ results ppo }}               scores, curves, commands, and missed targets, from benchmark/results/
     {{ diff a2c_gae ppo }}          what differs between two files, definition by definition, above the banner
     {{ algorithms }}, {{ map }}     the table of all algorithms; the drawing of algos/README.md
+    {{ best }}                      of each environment, the script with the highest training return, and its command
+    {{ speed }}                     the rows of benchmark/results/speed.csv
     {{ video ppo "caption" }}       docs/videos/ppo.webp, if it exists
 
 Inside ``` fences nothing is expanded. An unknown name ends the build with one line. Scripts are parsed, not imported.
@@ -20,6 +22,7 @@ import os
 import posixpath
 import re
 import shlex
+import shutil
 import sys
 from functools import cache
 from pathlib import Path
@@ -36,10 +39,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmark import report, results, runs  # noqa: E402
+from benchmark import speed as speed_of_scripts  # noqa: E402
 
 DIRECTIVE, FENCE = re.compile(r"\{\{ *(\w+)(.*?)\}\}"), re.compile(r"(^ *```.*?^ *```$)", re.M | re.S)
 LINK = re.compile(r"(?<=\])\(([^()\s:#]+)(#[^()\s]*)?\)")  # not to other sites, nor within the page
-TELLING = ["HalfCheetah-v5", "LunarLander-v3", "CartPole-v1"]  # a row of {{ algorithms }} has the first that was run
 
 
 def own(stem: str) -> str:
@@ -87,7 +90,9 @@ def cells_of_flags(stem: str) -> dict[str, list[str]]:
     for node in (x for x in definitions(ast.parse(own(stem)).body)["Args"].body if isinstance(x, ast.AnnAssign)):
         value = getattr(node.value, "value", "")
         default = f"`{value:,}`" if type(value) is int else f"`{ast.get_source_segment(own(stem), node.value)}`"
-        meaning = lines[node.end_lineno - 1].partition("  # ")[2].replace("|", "\\|")
+        default = "`{}`" if "factory=dict" in default else default
+        meaning = lines[node.end_lineno - 1].partition("  # ")[2]
+        meaning = re.sub(r"`[^`]*`|[_{}|]", lambda match: match[0] if match[0][0] == "`" else f"\\{match[0]}", meaning)
         found[node.target.id] = [f"`--{node.target.id.replace('_', '-')}`", default, meaning]
     return found
 
@@ -112,15 +117,11 @@ def entries() -> pd.DataFrame:
     return report.read_suites(report.Args(), pd.read_csv(results.REFERENCE))
 
 
-def environment(env: str) -> str:
-    return f"[{env.rpartition(':')[2]}](/docs/BENCHMARKS.md#{report.anchor(env)})"
-
-
 def results_of(page, files, stem: str) -> str:
     mine = entries()[[bool(own(stem)) and path.stem == stem for path in entries()["script"]]]
     ran, lines = mine[mine["ran"]], []
     if not ran.empty:
-        rows = [report.describe(x) | {"environment": environment(x.env)} for x in ran.itertuples()]
+        rows = [report.describe(x) | {"environment": report.environment(x.env)} for x in ran.itertuples()]
         names = ["environment", *(name for name in report.SCORES[1:] if name != "worst … best")]
         lines += [re.sub(r"(?<![|]) (?![|])", "\u00a0", row) for row in report.table(rows, names)]
         old = ["†: so many of the runs were made by an earlier version of the script.", ""]
@@ -164,12 +165,10 @@ def diff(page, files, *stems: str) -> str:
     return "\n\n".join([*parts, f"The same in both files: {', '.join(same)}.", ""])
 
 
-def chart() -> dict[str, tuple[str, str]]:
-    """Of each row of the table in algos/README.md: what the script adds, and its environments."""
-    rows = re.findall(
-        r"^\| \[`(\w+)\.py`\]\(\1\.py\) \| (.*?) \| (.*?) \|$", (runs.SCRIPTS / "README.md").read_text(), re.M
-    )
-    return {stem: (adds, envs) for stem, adds, envs in rows}
+@cache
+def chart() -> dict[str, dict[str, str]]:
+    """Of each script, in the order of algos/README.md: its row in {{ algorithms }}."""
+    return {row["file"].split("`")[1]: row for row in report.algorithms(entries())}
 
 
 def link(page, files, stem: str) -> str:
@@ -179,14 +178,29 @@ def link(page, files, stem: str) -> str:
 
 
 def algorithms(page, files) -> str:
-    rows = []
-    for stem, (adds, envs) in chart().items():
-        ran = [x for x in entries().itertuples() if x.script.stem == stem and x.ran]
-        best = sorted(ran, key=lambda x: TELLING.index(x.env) if x.env in TELLING else len(TELLING))[:1]
-        scores = [f"{report.describe(x)['training return'].split(' [')[0]} {environment(x.env)}" for x in best]
-        row = {"algorithm": f"<code>{link(page, files, stem)}</code>"}
-        row |= {"what it adds to the one before": adds, "environments": envs}
-        rows.append(row | {"training return": "".join(scores) or "not run yet"})
+    rows = [{"algorithm": f"<code>{link(page, files, stem)}</code>"} | row for stem, row in chart().items()]
+    return "\n".join(report.table(rows, [name for name in rows[0] if name != "file"]))
+
+
+def best(page, files) -> str:
+    rows, commands, ran = [], [], entries()[entries()["ran"]]
+    for env, of in ran[ran["algo"] != "random_policy"].groupby("env", sort=False):
+        x = max(of.itertuples(), key=lambda x: x.finals.mean())
+        row = {"environment": report.environment(env), "script": f"<code>{link(page, files, x.script.stem)}</code>"}
+        rows.append(row | {name: report.describe(x)[name] for name in ("training return", "seeds", "steps", "minutes")})
+        commands += [f"uv run {x.command}"]
+    return "\n".join([*report.table(rows), *report.fold("The commands", "```sh", *commands, "```", "")])
+
+
+def speed(page, files) -> str:
+    rows, saved = [], pd.read_csv(speed_of_scripts.SAVED, keep_default_na=False)
+    for x in saved.drop_duplicates(["script", "peer", "device", "flags"], keep="last").itertuples():
+        where = f"{x.gpu if x.device == 'cuda' else x.cpu}, {x.threads} thread{'s' * (x.threads > 1)}"
+        row = {"script": f"`{x.script}`" + f" `{x.flags}`" * bool(x.flags), "environment": x.env}
+        row |= {"beside": f"{x.peer} {x.version}".strip(), "ours, steps/s": f"{x.ours:,.0f}"}
+        row |= {"theirs": f"{x.theirs:,.0f}"}
+        row |= {"ratio [min, max]": f"**{x.ratio:.2f}** [{x.ratio_min:.2f}, {x.ratio_max:.2f}]", "pairs": str(x.pairs)}
+        rows.append(row | {"measured": f"{where}, `{x.commit[:7]}`"})
     return "\n".join(report.table(rows))
 
 
@@ -198,7 +212,7 @@ def drawing(page, files) -> str:
 
 
 def about(page, files, stem: str) -> str:
-    length, (adds, envs) = len(own(stem).splitlines()), chart()[stem]
+    length, (adds, envs) = len(own(stem).splitlines()), list(chart()[stem].values())[1:3]
     file = f"[`algos/{stem}.py`](/algos/{stem}.py), {length} lines above the shared part"
     return f"{file} · {envs} · adds {adds}\n{{ .about }}"
 
@@ -209,7 +223,7 @@ def video(page, files, name: str, caption: str = "") -> str:
 
 
 DIRECTIVES = {"about": about, "algorithms": algorithms, "diff": diff, "flag": flag, "flags": flags, "map": drawing}
-DIRECTIVES |= {"results": results_of, "source": source, "video": video}
+DIRECTIVES |= {"best": best, "results": results_of, "source": source, "speed": speed, "video": video}
 
 
 def shown(path: str) -> str:
@@ -231,7 +245,9 @@ def copy(path: Path, title: str) -> str:
         body = "\n".join(f"- `{x.name}`" for x in sorted(path.iterdir()) if x.name[0] not in "._")
     else:
         language = path.suffix[1:] if path.suffix in (".py", ".toml") else "text"
-        body = f'````` {{.{language} linenums="1"}}\n{path.read_text()}`````'
+        text, banner, run = path.read_text().partition(runs.BANNER)
+        text += f"{banner} 200 lines, shown in ppo.py\n" if run and path.stem != "ppo" else banner + run
+        body = f'````` {{.{language} linenums="1"}}\n{text}`````'
     return f"---\ntitle: {title}\nhide: [navigation, toc]\nsearch: {{ exclude: true }}\n---\n\n# {title}\n\n{body}\n"
 
 
@@ -278,3 +294,11 @@ def on_page_markdown(markdown, page, config, files):
         parts[::2] = [pattern.sub(change, part) for part in parts[::2]]
         markdown = "".join(parts)
     return markdown.replace("<details><summary>", '<details markdown="1"><summary>')
+
+
+def on_post_build(config):
+    """Without source maps and what the search needs for other languages than English: 2 MB."""
+    assets = Path(config["site_dir"], "assets")
+    shutil.rmtree(assets / "javascripts" / "lunr", ignore_errors=True)
+    for path in assets.glob("*/*.map"):
+        path.unlink()

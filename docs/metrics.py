@@ -36,7 +36,8 @@ def main(path: str, *words: str) -> None:
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for folder, color in zip(runs, COLORS):
         events = EventAccumulator(folder, size_guidance={"scalars": 0}).Reload()
-        for axes, metric in zip(grid, metrics):
+        logged = events.Tags()["scalars"]
+        for axes, metric in ((axes, metric) for axes, metric in zip(grid, metrics) if metric in logged):
             steps, values = np.array([(x.step, x.value) for x in events.Scalars(metric)]).T
             axes.plot(smooth(steps), plots.tidy(smooth(values)), color=color, lw=1.4, label=runs[folder])
             axes.set_title(metric, loc="left", fontsize=10)
@@ -46,7 +47,8 @@ def main(path: str, *words: str) -> None:
         for axis in (axes.xaxis, axes.yaxis):
             if axis.get_scale() == "linear":
                 axis.set_major_formatter(FuncFormatter(plots.short))
-    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(runs))
+    labels = max((axes.get_legend_handles_labels() for axes in grid), key=lambda x: len(x[0]))
+    figure.legend(*labels, loc="outside lower center", ncols=len(runs))
     figure.savefig(path, metadata={"Date": None})
     text = Path(path).read_text()
     Path(path).write_text("".join(f"{line.rstrip()}\n" for line in text.splitlines()))
