@@ -246,7 +246,7 @@ def copy(path: Path, title: str) -> str:
     else:
         language = path.suffix[1:] if path.suffix in (".py", ".toml") else "text"
         text, banner, run = path.read_text().partition(runs.BANNER)
-        text += f"{banner} 200 lines, shown in ppo.py\n" if run and path.stem != "ppo" else banner + run
+        text += f"{banner}200 lines, shown in ppo.py\n" if run and path.stem != "ppo" else banner + run
         body = f'````` {{.{language} linenums="1"}}\n{text}`````'
     return f"---\ntitle: {title}\nhide: [navigation, toc]\nsearch: {{ exclude: true }}\n---\n\n# {title}\n\n{body}\n"
 
