@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import having, load, make_agent
-from test_ppo import CONTINUOUS, decided, gradients, inputs, policy
+from environments import FakeGames
+from test_ppo import ATARI, CONTINUOUS, decided, evaluate, gradients, inputs, policy
 
 A2C = having("a2c_loss")
 
@@ -24,7 +25,7 @@ def test_loss_is_the_sum_of_its_parts(script, norm_adv, rng):
     scaled = (advantages - advantages.mean()) / advantages.std() if norm_adv else advantages
     expected = {
         "losses/policy_loss": -(scaled * new.log_prob(actions)).mean(),
-        "losses/value_loss": 0.5 * ((agent.value(obs) - returns) ** 2).mean(),
+        "losses/value_loss": 0.5 * ((evaluate(agent, obs, actions)[2] - returns) ** 2).mean(),
         "losses/entropy": new.entropy().mean(),
     }
     policy_loss, value_loss, entropy = expected.values()
@@ -55,6 +56,10 @@ def test_means_beyond_the_bounds_are_pulled_back(bias, penalty, rng):
 @pytest.mark.parametrize("script", [*A2C, "reinforce"])
 def test_each_batch_gives_one_step_by_the_policy_that_acted(script, train, monkeypatch):
     """The weights that learn are those that judged (R - A is V) and acted, here without noise."""
+
+    def greedy(agent, obs):
+        return agent(obs)[0].argmax(-1) if script in ATARI else agent.act(obs)
+
     module, counts = load(script), []
     name = "a2c_loss" if script in A2C else "reinforce_loss"
     loss_fn = getattr(module, name)
@@ -62,12 +67,16 @@ def test_each_batch_gives_one_step_by_the_policy_that_acted(script, train, monke
     def watched(agent, args, obs, actions, advantages, returns):
         counts.append(len(obs))
         torch.testing.assert_close(returns - advantages, agent.value(obs), atol=1e-4, rtol=1e-4)
-        greedy = agent.actor(obs) if script in CONTINUOUS else agent.act(obs)  # these observations are normalized
-        torch.testing.assert_close(actions, greedy, atol=1e-4, rtol=1e-4)
+        expected = agent.actor(obs) if script in CONTINUOUS else greedy(agent, obs)  # these observations are normalized
+        torch.testing.assert_close(actions, expected, atol=1e-4, rtol=1e-4)
         return loss_fn(agent, args, obs, actions, advantages, returns)
 
     monkeypatch.setattr(module, name, watched)
-    monkeypatch.setattr(module.Agent, "sample", module.Agent.act)
+    if script in ATARI:
+        FakeGames.install(monkeypatch, module)
+        monkeypatch.setattr(module.Agent, "sample", lambda agent, obs: (greedy(agent, obs), agent.value(obs)))
+    else:
+        monkeypatch.setattr(module.Agent, "sample", module.Agent.act)
     flags = {"num_envs": 4, "num_steps": 8, "total_timesteps": 5 * 32}
     if script == "reinforce":  # two episodes of 3 steps
         flags = {"num_envs": 1, "episodes_per_update": 2, "total_timesteps": 5 * 6}

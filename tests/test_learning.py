@@ -28,6 +28,8 @@ OWN_PROBE_FLAGS = {  # on top, for scripts that learn in another rhythm
     "dqn_per": TARGET_NETWORK,
     "qr_dqn": TARGET_NETWORK,
     "pqn": EPSILON,
+    "pqn_atari": EPSILON,
+    "a2c_atari": {"num_steps": 2},
     "tqc_continuous": {"n_critics": 2, "n_quantiles": 5, "top_quantiles_to_drop_per_net": 1},
     "simbav2_continuous": {"v_max": 10.0, "total_timesteps": 2500},
     "crossq_continuous": {"total_timesteps": 1500},
@@ -56,7 +58,7 @@ def test_learning_rate_and_gradient_norm(script, anneal_lr, train, monkeypatch):
 
         return Watched
 
-    for name in ("Adam", "RAdam"):
+    for name in ("Adam", "RAdam", "RMSprop"):
         monkeypatch.setattr(torch.optim, name, watched(getattr(torch.optim, name)))
     flags = {"num_envs": 2, "num_steps": 1, "num_minibatches": 1, "update_epochs": 1, "total_timesteps": 10}
     flags |= {"learning_starts": 0, "train_frequency": 2, "gradient_steps": 1, "max_grad_norm": 1e-3, "sil_updates": 0}
@@ -167,10 +169,11 @@ def test_images(script, train, monkeypatch):
     flags = {"num_envs": 8, "num_steps": 16, "total_timesteps": 1300, "learning_rate": 1e-3, "norm_obs": True}
     flags |= {"num_minibatches": 2, "update_epochs": 3, "gamma": 0.5, "clip_coef": 0.2, "ent_coef": 0.0}
     FakeChoices.install(monkeypatch, load(script))
-    folder = train(script, eval_episodes=4, **flags)
+    folder = train(script, eval_episodes=4, **flags | OWN_PROBE_FLAGS.get(script, {}))
     returns = [episode_return for _, episode_return, _ in episodes(folder)]
     assert np.mean(returns[:20]) < 25 and np.mean(returns[-50:]) > 50
     agent, _ = saved_agent(script, folder)
     games = FakeChoices(3)
     games.right = np.arange(3)
-    assert agent(torch.from_numpy(games.observe()))[0].argmax(-1).tolist() == [0, 1, 2]
+    outputs = agent(torch.from_numpy(games.observe()))  # logits and values, or Q
+    assert (outputs[0] if isinstance(outputs, tuple) else outputs).argmax(-1).tolist() == [0, 1, 2]

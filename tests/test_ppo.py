@@ -21,7 +21,7 @@ ATARI = [name for name in SCRIPTS if family(name).suffix == "_atari"]
 CONTINUOUS = [name for name in SCRIPTS if family(name).suffix == "_continuous"]
 RECURRENT = having("Recurrent")  # test_ppo_lstm.py
 PPO, ON_POLICY = ([name for name in having(part) if name not in RECURRENT] for part in ("ppo_loss", "gae"))
-ACTOR_CRITIC = [*ON_POLICY, "reinforce"]
+ACTOR_CRITIC, GAMES = [*ON_POLICY, "reinforce"], [name for name in ON_POLICY if name in ATARI]
 VECTOR = [name for name in ON_POLICY if name not in ATARI and not is_asynchronous(name)]
 NORMALIZING = [name for name in VECTOR if name in CONTINUOUS]
 
@@ -245,8 +245,8 @@ def test_discrete_actions_have_the_frequencies_of_the_policy(script, rng):
     obs, probabilities = torch.zeros(rows, 3), logits.softmax(0).numpy()
     actions = agent.sample(obs)
     if script in ATARI:
-        actions, logprobs, values = actions
-        torch.testing.assert_close(logprobs, logits.log_softmax(0)[actions])
+        actions, *logprobs, values = actions  # A2C needs no probabilities of the policy that acted
+        torch.testing.assert_close(logprobs, [logits.log_softmax(0)[actions]] * len(logprobs))
         assert values.equal(torch.ones(rows))
     counts = torch.bincount(actions, minlength=4).numpy()
     assert ((counts - rows * probabilities) ** 2 / (rows * probabilities)).sum() < 30  # three degrees of freedom
@@ -446,7 +446,7 @@ class ExtraLives(FakeGames):
 
 
 @pytest.mark.parametrize("life_loss", [False, True])
-@pytest.mark.parametrize("script", ATARI)
+@pytest.mark.parametrize("script", GAMES)
 def test_games_hold_what_happened(script, life_loss, rollouts, monkeypatch):
     """Signs of rewards for the learner, raw scores in the log. A lost life ends for the learner, not the game."""
     N, T, iterations, module = 3, 16, 3, load(script)
@@ -479,7 +479,7 @@ def test_games_hold_what_happened(script, life_loss, rollouts, monkeypatch):
     assert [(score, length) for _, score, length in episodes(folder)] == games.finished
 
 
-@pytest.mark.parametrize("script", ATARI)
+@pytest.mark.parametrize("script", GAMES)
 @pytest.mark.parametrize("norm_obs", [False, True])
 def test_frames_are_normalized(script, norm_obs, rng):
     """Less the running mean of each pixel, over one deviation of all; without --norm-obs, bytes / 255."""
@@ -495,7 +495,7 @@ def test_frames_are_normalized(script, norm_obs, rng):
     torch.testing.assert_close(values, agent.critic(hidden)[:, 0], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("script", ATARI)
+@pytest.mark.parametrize("script", GAMES)
 def test_statistics_of_frames(script, rollouts, monkeypatch):
     """Of the newest frame of every eighth step; saved, and unchanged by evaluation."""
     FakeGames.install(monkeypatch, load(script))

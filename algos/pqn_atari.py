@@ -1,0 +1,540 @@
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#     "ale-py==0.12.1", "filelock==4.3.1", "gymnasium==1.4.0", "imageio[ffmpeg]==2.38.1", "numpy==2.4.6",
+#     "safetensors==0.8.0", "tensorboard==2.21.0", "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.17",
+# ]
+# ///
+"""Parallelized Q-network (PQN) for Atari games: DQN without replay buffer and target network.
+
+    uv run pqn_atari.py --env-id ALE/Breakout-v5          # or: python pqn_atari.py
+    uv run pqn_atari.py --num-envs 128 --num-minibatches 32 --total-timesteps 5e7 --checkpoint-every 2e6  # the paper's
+    uv run pqn_atari.py --resume runs/ALE-Breakout-v5__pqn_atari__1__...
+    uv run pqn_atari.py --evaluate runs/ALE-Breakout-v5__pqn_atari__1__... --video
+
+Papers: Gallici et al. 2025 (PQN, arXiv:2407.04811); Peng and Williams 1996 (Q(lambda)); Mnih et al. 2015, Nature 518
+(the network); Machado et al. 2018 (sticky actions, arXiv:1709.06009).
+
+Details that matter:
+- Defaults are those of the authors' code but for 32 games instead of 128, for CPUs: rollouts have a quarter of the
+  steps, minibatches and gradient steps per step are the same. The paper has no sticky actions.
+- Layer normalization over the channels of each position, before each ReLU, in place of a target network.
+- Preprocessing by ALE's vector environment, see `make_envs`. A step is 4 frames. Scores are those of whole games,
+  unclipped; the learner sees the sign of each reward and, with `--life-loss`, a termination at each lost life.
+- A truncated game bootstraps from the values of its final observation; a terminated one does not bootstrap.
+- A greedy agent can wait forever for a ball that it never serves, so the evaluation is epsilon-greedy, too.
+- `--norm-obs` is in no paper. bfloat16 in the trunk where the processor has it; weights, head, loss are float32.
+
+Not included: batch normalization, recurrence. Read before: pqn.py and ppo_atari.py.
+"""
+
+import importlib.metadata
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import ale_py  # noqa: F401 (registers the games)
+import gymnasium as gym
+import numpy as np
+import safetensors.torch
+import torch
+import tyro
+from filelock import FileLock
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    env_id: str = "ALE/Breakout-v5"  # Gymnasium id of an Atari game: ALE/Name-v5
+    seed: int = 1  # random seed
+    total_timesteps: int = 10_000_000  # environment steps, summed over all environments
+    env_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)  # for gym.make: name value name value
+
+    # The algorithm
+    num_envs: int = 32  # parallel environments (N)
+    num_steps: int = 32  # steps per environment and rollout (T)
+    learning_rate: float = 2.5e-4  # initial learning rate of RAdam
+    anneal_lr: bool = False  # anneal the learning rate linearly to 0
+    gamma: float = 0.99  # discount factor
+    q_lambda: float = 0.65  # lambda of Q(lambda): 0 is one-step Q-learning, 1 sums the rewards of the whole rollout
+    num_minibatches: int = 8  # minibatches per epoch
+    update_epochs: int = 2  # epochs per rollout (K)
+    start_e: float = 1.0  # initial epsilon: the probability of a random action
+    end_e: float = 0.001  # final epsilon
+    exploration_fraction: float = 0.1  # fraction of the run in which epsilon is annealed from start_e to end_e
+    eval_e: float = 0.001  # epsilon of the evaluation, that of Dopamine
+    max_grad_norm: float = 10.0  # maximum global norm of the gradient
+    life_loss: bool = True  # a lost life is a termination for the learner; the game continues
+    norm_obs: bool = False  # subtract the running mean of each pixel, and divide all by one standard deviation
+    bf16: bool = bool(torch.cpu.get_capabilities().get("avx512_bf16"))  # bfloat16 in the trunk; default: if the CPU can
+
+    # The run
+    run_dir: str = ""  # run folder; default: runs/{env}__{algo}__{seed}__{UTC time}
+    resume: str = ""  # resume the run in this folder, with its own flags
+    evaluate: str = ""  # evaluate the agent of the run in this folder instead of training
+    eval_episodes: int = 20  # episodes of the evaluation
+    video: bool = False  # record a video of the first one
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # by default a GPU if there is one
+    torch_threads: int = 0  # CPU threads of PyTorch and the emulators; 0: PyTorch's default
+    compile: bool = False  # torch.compile the loss
+    checkpoint_every: int = 500_000  # steps; a checkpoint restarts the environments and discards unfinished episodes
+
+    def __post_init__(self) -> None:  # tyro reports a ValueError as a usage error
+        for name, value in vars(self).items():
+            lowest = 1 if type(value) is int and name not in ("seed", "torch_threads") else 0
+            if isinstance(value, int | float) and not lowest <= value < math.inf:
+                raise ValueError(f"{name} must be at least {lowest} and finite, not {value}")
+        for name in ("gamma", "q_lambda", "start_e", "end_e", "exploration_fraction", "eval_e"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"{name} must be at most 1")
+        if self.num_envs * self.num_steps % self.num_minibatches:
+            raise ValueError("num_minibatches must divide num_envs * num_steps")
+
+
+class RunningMeanStd(nn.Module):
+    """Running mean and variance (Chan et al. 1979), stored as buffers so that they are saved with the agent."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    def update(self, x: Tensor) -> None:
+        """Add the rows of x (B, *shape)."""
+        delta, total = x.mean(0) - self.mean, self.count + len(x)
+        m2 = self.var * self.count + x.var(0, correction=0) * len(x) + delta.square() * self.count * len(x) / total
+        self.mean += delta * len(x) / total
+        self.var.copy_(m2 / total)
+        self.count.copy_(total)
+
+
+def layer_init(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
+    """Orthogonal initialization with gain `std`, zero biases."""
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class ChannelNorm(nn.LayerNorm):
+    """Layer normalization over the channels of each position: (B, C, H, W) -> (B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Agent(nn.Module):
+    """The Q-network: that of Mnih et al. 2015 with layer normalization."""
+
+    def __init__(self, envs: gym.vector.VectorEnv, args: Args) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(
+            layer_init(nn.Conv2d(4, 32, 8, stride=4)),
+            ChannelNorm(32),
+            nn.ReLU(),
+            layer_init(nn.Conv2d(32, 64, 4, stride=2)),
+            ChannelNorm(64),
+            nn.ReLU(),
+            layer_init(nn.Conv2d(64, 64, 3)),
+            ChannelNorm(64),
+            nn.ReLU(),
+            nn.Flatten(),
+            layer_init(nn.Linear(64 * 7 * 7, 512)),
+            nn.LayerNorm(512),
+            nn.ReLU(),
+        ).to(memory_format=torch.channels_last)
+        self.head = layer_init(nn.Linear(512, int(envs.single_action_space.n)), std=1.0)
+        self.obs_stats, self.norm_obs, self.bf16 = RunningMeanStd(84, 84), args.norm_obs, args.bf16
+        self.eval_e = args.eval_e
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """Q(s, a) of every action: bytes (B, 4, 84, 84) -> (B, A)."""
+        x = obs.to(torch.float32, memory_format=torch.channels_last) / 255  # the layout of faster convolutions
+        if self.norm_obs:
+            std = (self.obs_stats.var.mean() + 1e-4).sqrt()  # one for all pixels: those that never change stay small
+            x = (x - self.obs_stats.mean.float()) / std.float()
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            hidden = self.trunk(x)
+        return self.head(hidden.float())
+
+    @torch.no_grad()
+    def greedy(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Greedy actions and max_a Q(s, a): (N, 4, 84, 84) -> (N,), (N,)."""
+        values, actions = self(obs).max(-1)
+        return actions, values
+
+    @torch.no_grad()
+    def act(self, obs: Tensor) -> Tensor:
+        """Actions for the evaluation, epsilon-greedy: (N, 4, 84, 84) -> (N,)."""
+        greedy_actions, _ = self.greedy(obs)
+        random_actions = torch.randint_like(greedy_actions, self.head.out_features)
+        return torch.where(torch.rand(len(obs), device=obs.device) < self.eval_e, random_actions, greedy_actions)
+
+
+class Games(gym.vector.VectorWrapper):
+    """ALE's vector environment. It remembers the newest frame of the first game, for a video of what the agent sees."""
+
+    def __init__(self, env: gym.vector.VectorEnv) -> None:
+        super().__init__(env)
+        self.envs = [self]  # a video is made of envs.envs[0].render()
+
+    def reset(self, **kwargs):
+        self.obs, infos = self.env.reset(**kwargs)
+        return self.obs, infos
+
+    def step(self, actions):
+        self.obs, *rest = self.env.step(actions)
+        return self.obs, *rest
+
+    def render(self) -> np.ndarray:
+        """RGB, (336, 336, 3)."""
+        return np.repeat(self.obs[0, -1].repeat(4, 0).repeat(4, 1)[..., None], 3, -1)
+
+
+def make_envs(args: Args, num_envs: int, render: bool = False) -> gym.vector.VectorEnv:
+    """SAME_STEP autoreset: where a game ends, `step` already returns the first observation of the next one.
+
+    Observations are bytes (N, 4, 84, 84), rewards are raw. At a lost life the game continues: see infos["lives"].
+    """
+    try:
+        spec = gym.spec(args.env_id.removeprefix("ale_py:"))
+    except (gym.error.Error, ImportError) as error:
+        fail(f"cannot make {args.env_id}: {error}")
+    if not spec.id.startswith("ALE/"):
+        fail(f"{args.env_id} is not an Atari game, like ALE/Pong-v5: for vector observations there is ppo.py")
+    preprocessing = {
+        "noop_max": 30,  # a game starts with 0 to 29 no-ops, at random
+        "use_fire_reset": True,  # and FIRE, where the game has it
+        "repeat_action_probability": 0.25,  # sticky actions (Machado et al.)
+        "frameskip": 4,  # the action is repeated, rewards are summed
+        "maxpool": True,  # the maximum of the last two frames
+        "grayscale": True,
+        "img_height": 84,
+        "img_width": 84,
+        "stack_num": 4,  # the last four of these frames
+        "reward_clipping": False,
+        "max_num_frames_per_episode": 108_000,  # then truncated
+    }
+    return Games(
+        gym.make_vec(
+            spec,
+            num_envs,
+            autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
+            num_threads=min(num_envs, torch.get_num_threads()),
+            **preprocessing | args.env_kwargs,
+        )
+    )
+
+
+def linear_schedule(start: float, end: float, duration: float, t: float) -> float:
+    """Linear from `start` at t = 0 to `end` at t = `duration`, then constant; both are fractions of the run."""
+    return start + (end - start) * t / duration if t < duration else end
+
+
+def q_lambda_returns(rewards, next_values, terminations, dones, gamma: float, q_lambda: float) -> Tensor:
+    """Peng's Q(lambda): R_t = r_t + gamma (lambda R_{t+1} + (1 - lambda) max_a Q(s_{t+1}, a)).
+
+    All tensors are (T, N); next_values are the maxima. A done, or the end of the rollout, has the maximum in place of
+    R_{t+1}. Only a termination drops both; a truncation keeps max_a Q(final obs, a).
+    """
+    next_values = torch.where(terminations, 0, next_values)
+    returns, later = torch.zeros_like(rewards), next_values[-1]
+    for t in reversed(range(len(rewards))):
+        later = torch.where(dones[t], next_values[t], later)
+        returns[t] = later = rewards[t] + gamma * (q_lambda * later + (1 - q_lambda) * next_values[t])
+    return returns
+
+
+def pqn_loss(agent, obs, actions, returns) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mean squared error of Q(s, a) on a minibatch of B steps. Returns the loss and the metrics to log."""
+    q_values = agent(obs).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+    loss = nn.functional.mse_loss(q_values, returns)
+    return loss, {"losses/td_loss": loss.detach(), "losses/q_values": q_values.detach().mean()}
+
+
+def train(args: Args) -> None:
+    """PQN: collect T steps in each of N environments, fit their Q(lambda) returns for K epochs, repeat."""
+    torch.backends.cudnn.deterministic = True
+    T, N, device = args.num_steps, args.num_envs, args.device
+    envs, current_obs = start_envs(args, "train", 0, N)  # seeds everything
+    agent = Agent(envs, args).to(device)
+    optimizer = torch.optim.RAdam(agent.parameters(), lr=args.learning_rate)
+    loss_fn = torch.compile(pqn_loss) if args.compile else pqn_loss
+    obs = torch.zeros((T + 1, N, 4, 84, 84), dtype=torch.uint8, device=device)  # the last one is that after the rollout
+    values = torch.zeros((T + 1, N), device=device)  # max_a Q(s, a)
+    actions, rewards = np.zeros((T, N), np.int64), np.zeros((T, N), np.float32)
+    terminations, truncations = np.zeros((2, T, N), bool)
+    lives = np.zeros(N)
+    run = Run(args, agent=agent, optimizer=optimizer)  # with --resume, restores both
+    global_step = run.start_step
+
+    while global_step < args.total_timesteps:
+        if run.checkpoint(global_step):  # every `checkpoint_every` steps and after a resume: environments restart
+            envs, current_obs = start_envs(args, "train", global_step, N, old_envs=envs)
+            lives = np.zeros(N)
+        progress = global_step / args.total_timesteps
+        epsilon = linear_schedule(args.start_e, args.end_e, args.exploration_fraction, progress)
+        if args.anneal_lr:
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - progress)
+
+        # Collect a rollout: epsilon-greedy
+        final_obs = []  # of truncated games, in the order of (t, n)
+        for t in range(T):
+            obs[t] = torch.from_numpy(current_obs)
+            greedy_actions, values[t] = agent.greedy(obs[t])
+            random_actions = np.random.randint(envs.single_action_space.n, size=N)
+            actions[t] = np.where(np.random.random(N) < epsilon, random_actions, greedy_actions.cpu().numpy())
+            current_obs, reward, game_over, truncations[t], infos = envs.step(actions[t])
+            if truncations[t].any():
+                final_obs.append(infos["final_obs"][truncations[t]])
+            global_step += N
+            run.record(global_step, reward, game_over | truncations[t])
+            lost_life = (infos["lives"] < lives) & ~truncations[t]  # where a game ended, `lives` are the next game's
+            rewards[t], terminations[t] = np.sign(reward), game_over | (lost_life & args.life_loss)
+            lives = infos["lives"]
+
+        # Compute the returns. The next value is that of the next step or, where truncated, of the final observation
+        obs[T] = torch.from_numpy(current_obs)
+        _, values[T] = agent.greedy(obs[T])
+        next_values = values[1:].clone()
+        if final_obs:
+            b_final_obs = torch.from_numpy(np.concatenate(final_obs)).to(device)
+            _, next_values[torch.from_numpy(truncations).to(device)] = agent.greedy(b_final_obs)
+        b_actions, b_rewards, b_terminations, b_dones = (
+            torch.from_numpy(x).to(device) for x in (actions, rewards, terminations, terminations | truncations)
+        )
+        returns = q_lambda_returns(b_rewards, next_values, b_terminations, b_dones, args.gamma, args.q_lambda)
+
+        # Fit the Q-network to them
+        history = []
+        batch = [x.flatten(0, 1) for x in (obs[:-1], b_actions, returns)]
+        for _ in range(args.update_epochs):
+            for rows in torch.randperm(T * N, device=device).chunk(args.num_minibatches):
+                loss, metrics = loss_fn(agent, *(x[rows] for x in batch))
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                optimizer.step()
+                history.append(metrics)
+        if args.norm_obs:  # not earlier: the gradient steps have to see what the returns saw
+            newest_frames = obs[:-1:8, :, -1]  # of every eighth step, which is enough
+            agent.obs_stats.update(newest_frames.flatten(0, 1).double() / 255)
+
+        charts = {"charts/epsilon": epsilon, "charts/learning_rate": optimizer.param_groups[0]["lr"]}
+        run.log(global_step, history, charts)
+    run.finish(global_step, envs)
+
+
+# ------------------- The run: identical in every script; skip it if you are here for the algorithm --------------------
+
+
+def fail(message: str, code: int = 2) -> NoReturn:  # exit codes: 2 is bad input, 3 NaN or inf, 130 an interrupt
+    print("error:", *message.split(), file=sys.stderr)
+    sys.exit(code)
+
+
+def close(envs: gym.vector.VectorEnv | None) -> None:
+    try:
+        envs and envs.close()
+    except Exception as error:  # not worth losing a run
+        print(f"warning: an environment failed to close: {error!r}", file=sys.stderr)
+
+
+def start_envs(args: Args, stream: str, step: int, num_envs: int, old_envs=None, render: bool = False):
+    """Replace `old_envs`. All random numbers restart from (seed, step), so that checkpoints need not hold any state."""
+    name = re.sub("[^A-Za-z0-9.-]+", "-", args.env_id) + f"__{Path(__file__).stem}__{args.seed}"
+    args.run_dir = os.path.abspath(args.run_dir or time.strftime(f"runs/{name}__%Y%m%dT%H%M%SZ", time.gmtime()))
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: PyTorch finds no GPU")
+    torch.set_num_threads(args.torch_threads or torch.get_num_threads())
+    close(old_envs)
+    envs = make_envs(args, num_envs, render)
+    seed = int(np.random.SeedSequence([args.seed, step, *stream.encode()]).generate_state(1)[0]) >> 1
+    for seed_library in (random.seed, np.random.seed, torch.manual_seed):
+        seed_library(seed)
+    torch.set_default_dtype(torch.float32)  # a package with environments may have changed these two
+    torch.set_grad_enabled(True)
+    for i, env in enumerate(envs.envs):
+        for space in (env.action_space, env.unwrapped.action_space, env.unwrapped.observation_space):
+            space.seed(seed + i)
+    return envs, envs.reset(seed=seed)[0]
+
+
+def write_atomically(path: Path, write) -> None:  # a crash leaves the old file or the new one
+    temporary = path.with_name("." + path.name)
+    write(temporary)
+    temporary.replace(path)
+
+
+class Run:  # the run folder: args.json, a copy of the script, episodes.csv, TensorBoard events, checkpoint.pt, results
+    def __init__(self, args: Args, **parts) -> None:  # parts: all that a resume restores, each with a state_dict
+        self.args, self.parts, self.path, script = args, parts, Path(args.run_dir), Path(__file__)
+        if not args.resume and {path.name for path in self.path.glob("[!.]*")} - {"episodes.csv", script.name}:
+            fail(f"{self.path} exists: continue it with --resume, or choose another --run-dir")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = FileLock(self.path / ".lock").acquire(blocking=False)
+        except OSError as error:  # also filelock.Timeout
+            fail(f"cannot use {self.path}, or another process does: {error}")
+        state = {"step": 0, "seconds": 0.0, "recent": [], "csv_size": 27}  # of the header
+        if not args.resume:
+            git = ["git", "-C", script.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+            versions = {package.name: package.version for package in importlib.metadata.distributions()}
+            info = {"args": asdict(args) | {"run_dir": ""}, "command": sys.argv, "commit": commit, "versions": versions}
+            info |= {"cpu": torch.cpu.get_capabilities().get("cpu_name"), "threads": torch.get_num_threads()}
+            info |= {"gpu": torch.cuda.get_device_name() if args.device == "cuda" else None, "started": time.ctime()}
+            (self.path / "episodes.csv").write_text("step,seconds,return,length\n", newline="")
+            write_atomically(self.path / script.name, lambda path: shutil.copy(script, path))
+            write_atomically(self.path / "args.json", lambda path: path.write_text(json.dumps(info, indent=2)))
+        elif (self.path / "checkpoint.pt").exists():
+            state = torch.load(self.path / "checkpoint.pt", map_location="cpu", weights_only=True)
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+        self.start_step, self.next_checkpoint = state["step"], state["step"] or args.checkpoint_every
+        self.started = time.perf_counter() - state["seconds"]
+        self.recent = deque(state["recent"], maxlen=100)  # (return, length) of the last 100 episodes
+        self.returns, self.lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, int)
+        self.csv = (self.path / "episodes.csv").open("a", buffering=1)
+        self.csv.truncate(state["csv_size"])
+        self.writer = SummaryWriter(self.path, purge_step=self.start_step + 1)  # hides what a killed run logged later
+        self.bar = tqdm(total=args.total_timesteps, initial=state["step"], mininterval=1 if sys.stderr.isatty() else 60)
+
+    def checkpoint(self, step: int, last: bool = False) -> bool:  # True: the environments have to restart
+        if step < self.next_checkpoint and not last:
+            return False
+        if not all(weights.isfinite().all() for weights in self.parts["agent"].parameters()):
+            fail(f"{self.path} diverged before step {step}: NaN or inf in the weights", code=3)
+        if self.lengths.max() * self.args.num_envs >= step - self.start_step > 0:
+            self.bar.write("warning: discarded an episode as long as the run or --checkpoint-every", sys.stderr)
+        self.start_step, self.next_checkpoint = step, step + self.args.checkpoint_every
+        self.returns[:] = self.lengths[:] = 0
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"step": step, "seconds": time.perf_counter() - self.started}
+        state |= {"recent": list(self.recent), "csv_size": os.path.getsize(self.csv.name)}
+        write_atomically(self.path / "checkpoint.pt", lambda path: torch.save(state, path))
+        return True
+
+    def record(self, step: int, rewards: np.ndarray, dones: np.ndarray) -> None:  # ended episodes become rows
+        self.returns, self.lengths = self.returns + rewards, self.lengths + 1
+        for i in np.flatnonzero(dones):
+            self.csv.write(f"{step},{time.perf_counter() - self.started:.2f},{self.returns[i]},{self.lengths[i]}\n")
+            self.recent.append((float(self.returns[i]), int(self.lengths[i])))
+            self.returns[i] = self.lengths[i] = 0
+
+    def log(self, step: int, history: list[dict[str, Tensor]], charts: dict[str, Tensor | float]) -> None:
+        """Write the means of `history` and `charts` to TensorBoard; stop the run if anything is NaN or inf."""
+        metrics = {name: sum(x[name] for x in history) / len(history) for name in (history or [{}])[0]} | charts
+        metrics["charts/SPS"] = step / (time.perf_counter() - self.started)
+        metrics["charts/weight_norm"] = nn.utils.get_total_norm(self.parts["agent"].parameters()).item()
+        if self.recent:
+            metrics["charts/episodic_return"], metrics["charts/episodic_length"] = np.mean(self.recent, axis=0)
+            self.bar.set_postfix_str(f"return {metrics['charts/episodic_return']:.1f}", refresh=False)
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, float(value), step)
+        self.bar.update(min(step, self.bar.total) - self.bar.n)  # the last rollout may go beyond total_timesteps
+        if bad := [name for name, value in metrics.items() if not math.isfinite(value)]:
+            self.writer.close()
+            fail(f"{self.path} diverged before step {step}: NaN or inf in {', '.join(bad[:3])}", code=3)
+
+    def finish(self, step: int, envs: gym.vector.VectorEnv) -> None:  # result.json marks a finished run
+        agent, seconds = self.parts["agent"], time.perf_counter() - self.started
+        write_atomically(self.path / "agent.safetensors", lambda path: safetensors.torch.save_model(agent, path))
+        self.checkpoint(step, last=True)  # a kill from here on costs no training
+        self.bar.close()
+        self.writer.close()
+        final_return = np.mean(self.recent, axis=0)[0] if self.recent else None
+        result = dict(final_return=final_return, **evaluate(self.args, agent.eval(), envs), steps=step, seconds=seconds)
+        peak = importlib.import_module("resource").getrusage(0).ru_maxrss if os.name == "posix" else 0
+        result |= {"sps": step / seconds, "peak_memory_mb": peak / (2**20 if sys.platform == "darwin" else 2**10)}
+        write_atomically(self.path / "result.json", lambda path: path.write_text(json.dumps(result, indent=2)))
+        (self.path / "checkpoint.pt").unlink()
+        print(f"curves: tensorboard --logdir {self.path}; video: python {sys.argv[0]} --evaluate {self.path} --video")
+        if self.args.video:
+            record_video(self.args, agent, envs)
+
+
+@torch.inference_mode()
+def evaluate(args: Args, agent: nn.Module, envs: gym.vector.VectorEnv, video=None) -> dict:
+    """One episode per environment, so that short ones do not count more; at most `num_envs` at a time."""
+    returns, running = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, bool)
+    for first in range(0, len(returns), args.num_envs):
+        rows = slice(first, min(first + args.num_envs, len(returns)))
+        envs, obs = start_envs(args, "eval", first, rows.stop - first, envs, render=video is not None)
+        for _ in tqdm(range(30_000), desc="evaluation", leave=False, delay=1, mininterval=1):
+            if video:
+                video.append_data(envs.envs[0].render())
+            actions = agent.act(torch.from_numpy(obs).to(args.device)).cpu().numpy()
+            obs, rewards, terminations, truncations, _ = envs.step(actions)
+            returns[rows] += np.where(running[rows], rewards, 0)
+            running[rows] &= ~(terminations | truncations)
+            if not running[rows].any():
+                break
+    close(envs)
+    mean, std, truncated = returns.mean(), returns.std(), int(running.sum())
+    print(f"{args.run_dir}: return {mean:.1f} +- {std:.1f} in {len(returns)} episodes, {truncated} over 30,000 steps")
+    return dict(eval_return_mean=mean, eval_return_std=std, eval_episodes=len(returns), eval_truncated=truncated)
+
+
+def record_video(args: Args, agent: nn.Module, envs: gym.vector.VectorEnv) -> None:
+    try:
+        path, fps = Path(args.run_dir, "videos", f"seed{args.seed}.mp4"), float(envs.metadata.get("render_fps") or 30)
+        path.parent.mkdir(exist_ok=True)
+        with importlib.import_module("imageio").get_writer(path, fps=fps, macro_block_size=2) as video:
+            evaluate(replace(args, eval_episodes=1), agent, envs, video)
+    except (Exception, SystemExit) as error:  # the result is saved
+        print(f"warning: no video: {error!r}", file=sys.stderr)
+
+
+def main() -> None:
+    sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))  # None if closed
+    sys.stdout.reconfigure(errors="replace")  # not every terminal can print every path
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` ends a run as Ctrl-C does
+    words = [re.sub(r"(?<![^=])\d+(\.\d)?e[3-9]$", lambda m: f"{float(m[0]):.0f}", x) for x in sys.argv[1:]]  # 1e6
+    args = tyro.cli(Args, args=words, description=__doc__.split("\n")[0])
+    if folder := args.resume or args.evaluate:  # the flags of that run become the defaults
+        script, files = Path(__file__), set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        needed = {script.name, "args.json", "agent.safetensors" if args.evaluate else "args.json"}
+        if needed - files or args.resume and (args.evaluate or "result.json" in files):
+            fail(f"{folder} is not {'an unfinished' if args.resume else 'a finished'} run of {script.name}")
+        if args.resume and Path(folder, script.name).read_bytes() != script.read_bytes():
+            fail(f"{script.name} has changed since: resume with the copy in the folder, {folder}/{script.name}")
+        saved = json.loads(Path(folder, "args.json").read_text())["args"] | {"run_dir": folder, "resume": args.resume}
+        saved |= {"env_kwargs": {}} if args.env_kwargs else {}  # with other defaults tyro would take only their names
+        defaults = Args(**{name: saved[name] for name in Args.__dataclass_fields__ if name in saved})
+        args = tyro.cli(Args, args=words, default=defaults)
+        if args.resume and args != defaults:
+            fail("--resume continues a run with its own flags: remove the others")
+    try:
+        if not args.evaluate:
+            return train(args)
+        envs, _ = start_envs(args, "eval", 0, 1)
+        agent = Agent(envs, args).to(args.device).eval()
+        safetensors.torch.load_model(agent, Path(args.run_dir, "agent.safetensors"))
+        evaluate(args, agent, envs)
+        if args.video:
+            record_video(args, agent, envs)
+    except KeyboardInterrupt:
+        fail("interrupted" if args.evaluate else f"interrupted: --resume {args.run_dir} continues it", code=130)
+    except Exception as error:
+        if re.search("MemoryError|Allocator|out of memory|No space|StreamWriter|t.creator|s. in loading", repr(error)):
+            fail(str(error) or repr(error))
+        error.add_note("If the error is in your environment, gymnasium.utils.env_checker.check_env may explain it.")
+        raise
+
+
+if __name__ == "__main__":
+    main()
