@@ -16,7 +16,7 @@ Papers: Mnih et al. 2016 (A3C, arXiv:1602.01783); Schulman et al. 2016 (GAE, arX
 518 (the network); Machado et al. 2018 (sticky actions, arXiv:1709.06009).
 
 Details that matter:
-- Defaults are SLM-Lab's: GAE, normalized advantages, 16 games x 32 steps, RMSProp. It does not anneal; the paper does.
+- Defaults are SLM-Lab's (GAE, normalized advantages, RMSProp), but the learning rate is annealed, as in the paper.
 - Preprocessing by ALE's vector environment, see `make_envs`. A step is 4 frames. Scores are those of whole games,
   unclipped; the learner sees the sign of each reward and, with `--life-loss`, a termination at each lost life.
 - A truncated game bootstraps from the value of its final observation; a terminated one does not bootstrap.
