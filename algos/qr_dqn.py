@@ -18,8 +18,8 @@ Details that matter, besides those of dqn.py:
 - The network learns the distribution of the return: M quantiles of each action (N in the paper, which has 200).
 - The mean of its quantiles is the value of an action, for acting and for choosing the next action in the target.
 - Each quantile is compared with every target: the loss is the sum over quantiles of the mean over targets.
-- The quantile Huber loss is divided by kappa, as in IQN (arXiv:1806.06923): at the paper's kappa of 1 this is the same,
-  and kappa 0 is the quantile loss without Huber. A larger kappa learns quantiles that are closer to their mean.
+- The quantile Huber loss is divided by kappa, as in IQN (arXiv:1806.06923); kappa 0 is the quantile loss without Huber.
+  A kappa of 1, the paper's, suits rewards in [-1, 1]; with returns near 100 it ignores rare falls, as a median does.
 - Adam's epsilon is the paper's 0.01 / 32; the learning rate is larger, and annealed as in dqn.py.
 
 Not included: what dqn_per.py adds, sampled fractions (IQN), images. Read before: dqn.py.
@@ -76,7 +76,7 @@ class Args:
     end_e: float = 0.01  # final epsilon
     exploration_fraction: float = 0.2  # fraction of the run in which epsilon is annealed from start_e to end_e
     num_quantiles: int = 25  # quantiles of the return of each action (M)
-    kappa: float = 1.0  # errors up to kappa count squared (Huber); 0: none
+    kappa: float = 10.0  # errors up to kappa count squared (Huber; the paper has 1); 0: none
     hidden_size: int = 128  # width of the two hidden layers
 
     # The run
