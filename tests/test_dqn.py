@@ -15,13 +15,14 @@ from gymnasium.spaces import Box, Discrete
 from test_ppo import truth
 from torch.nn.utils import parameters_to_vector
 
-REPLAY, PER, ACTOR = having("ReplayBuffer"), having("SumTree"), [*having("actor_loss"), *having("sac_loss")]
+REPLAY, ACTOR = having("ReplayBuffer"), [*having("actor_loss"), *having("sac_loss")]
+PER = [name for name in having("SumTree") if name in REPLAY]  # those that buffer frames: test_dqn_atari.py
 DQN = [name for name in REPLAY if name not in ACTOR]
 TARGET_ACTOR = [name for name in ACTOR if hasattr(load(name).Args, "tau")]
 NAMES = "double_dqn_loss", "dqn_loss", "qr_dqn_loss", "critic_loss", "sac_loss"
 UTD = [name for name in REPLAY if hasattr(load(name).Args, "utd")]  # in place of train_frequency, gradient_steps
 IN_ROUNDS = [name for name in REPLAY if name not in UTD]
-LOSSES = {name: loss for loss in NAMES for name in having(loss)}
+LOSSES = {name: loss for loss in NAMES for name in having(loss) if name in REPLAY}
 
 NEVER = 10**9  # a frequency that is never reached
 

@@ -17,7 +17,8 @@ from gymnasium.spaces import Box
 from torch import nn
 from torch.distributions import Categorical, Independent, Normal
 
-ATARI = [name for name in SCRIPTS if family(name).suffix == "_atari"]
+GAMES = [name for name in SCRIPTS if family(name).suffix == "_atari"]
+ATARI = [name for name in GAMES if name in having("gae")]
 CONTINUOUS = [name for name in SCRIPTS if family(name).suffix == "_continuous"]
 RECURRENT = having("Recurrent")  # test_ppo_lstm.py
 PPO, ON_POLICY = ([name for name in having(part) if name not in RECURRENT] for part in ("ppo_loss", "gae"))
@@ -30,7 +31,7 @@ ppo = load("ppo")  # for functions whose text is the same in every script (test_
 
 def inputs(script: str, B: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Observations and actions for the agents of make_agent."""
-    if script in ATARI:
+    if script in GAMES:
         return torch.randint(256, (B, 4, 84, 84), dtype=torch.uint8), torch.randint(4, (B,))
     return torch.randn(B, 3), torch.randn(B, 2) if script in CONTINUOUS else torch.randint(4, (B,))
 
@@ -519,7 +520,7 @@ def test_bfloat16_is_close_and_only_in_the_convolutions(script, rng):
     assert {parameter.dtype for parameter in agent.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("script", ATARI)
+@pytest.mark.parametrize("script", GAMES)
 def test_a_video_shows_the_newest_frame_of_the_first_game(script):
     games = load(script).Games(FakeGames(2))
     games.reset()
@@ -530,7 +531,7 @@ def test_a_video_shows_the_newest_frame_of_the_first_game(script):
     np.testing.assert_array_equal(games.render(), np.kron(frame, np.ones((4, 4), np.uint8))[..., None].repeat(3, -1))
 
 
-@pytest.mark.parametrize("script", ATARI)
+@pytest.mark.parametrize("script", GAMES)
 def test_games_follow_the_stated_protocol(script):
     """The same bits as ALE's vector environment with every setting spelled out, and others without sticky actions."""
     spelled = {"frameskip": 4, "maxpool": True, "grayscale": True, "stack_num": 4, "img_height": 84, "img_width": 84}
