@@ -10,7 +10,8 @@
     {{ algorithms }}, {{ map }}     the table of all algorithms; the drawing of algos/README.md
     {{ best }}                      of each environment, the script with the highest training return, and its command
     {{ speed }}                     the rows of benchmark/results/speed.csv
-    {{ video ppo "caption" }}       docs/videos/ppo.webp, if it exists
+    {{ video ppo "caption" }}       of the videos that benchmark/gallery.py made of this script, the first
+    {{ gallery }}, {{ gallery 6 }}  the videos of all environments, of the first six
 
 Inside ``` fences nothing is expanded. An unknown name ends the build with one line. Scripts are parsed, not imported.
 Links to files of the repository are written as on GitHub; on the site they lead to copies below source/.
@@ -40,6 +41,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmark import report, results, runs  # noqa: E402
 from benchmark import speed as speed_of_scripts  # noqa: E402
+from benchmark.stats import form  # noqa: E402
 
 DIRECTIVE, FENCE = re.compile(r"\{\{ *(\w+)(.*?)\}\}"), re.compile(r"(^ *```.*?^ *```$)", re.M | re.S)
 LINK = re.compile(r"(?<=\])\(([^()\s:#]+)(#[^()\s]*)?\)")  # not to other sites, nor within the page
@@ -217,13 +219,38 @@ def about(page, files, stem: str) -> str:
     return f"{file} · {envs} · adds {adds}\n{{ .about }}"
 
 
-def video(page, files, name: str, caption: str = "") -> str:
-    is_there = files.get_file_from_path(f"videos/{name}.webp")
-    return f"![{caption or name}](/docs/videos/{name}.webp){{ .video loading=lazy }}" if is_there else ""
+@cache
+def videos() -> pd.DataFrame:
+    path = ROOT / "docs" / "videos" / "videos.csv"
+    return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["name", *results.KEY, "eval_mean"])
+
+
+def figure(row, caption: str) -> str:
+    image = f"![{row.script} on {row.env.rpartition(':')[2]}](/docs/videos/{row.name}.webp){{ loading=lazy }}"
+    return f'<figure class="video" markdown="span">{image}<figcaption>{caption}</figcaption></figure>'
+
+
+def scores_of(env: str) -> str:
+    """Its name, with a link to its scores if there are any."""
+    return report.environment(env) if env in set(entries()["env"][entries()["ran"]]) else env.rpartition(":")[2]
+
+
+def video(page, files, stem: str, caption: str = "") -> str:
+    mine = videos()[[bool(own(stem)) and script == stem for script in videos()["script"]]]
+    for row in mine.head(1).itertuples(index=False):
+        return figure(row, f"{caption}. {scores_of(row.env)}, evaluation return {form(row.eval_mean)}.")
+    return ""
+
+
+def gallery(page, files, count: str = "1000") -> str:
+    best = videos()[videos()["name"] != videos()["script"]].head(int(count)).itertuples(index=False)
+    figures = [figure(row, f"{scores_of(row.env)}, {link(page, files, row.script)}") for row in best]
+    return "\n".join(['<div class="videos" markdown="1">', "", *figures, "", "</div>"])
 
 
 DIRECTIVES = {"about": about, "algorithms": algorithms, "diff": diff, "flag": flag, "flags": flags, "map": drawing}
-DIRECTIVES |= {"best": best, "results": results_of, "source": source, "speed": speed, "video": video}
+DIRECTIVES |= {"best": best, "gallery": gallery, "results": results_of, "source": source, "speed": speed}
+DIRECTIVES["video"] = video
 
 
 def shown(path: str) -> str:

@@ -19,7 +19,7 @@ MAY_IMPORT = {  # of ours
     "cloud": ["cloud", "benchmark.runs"],
     "tuner": ["tuner", "benchmark"],
 }
-LINES = {"benchmark": 2100, "tuner": 900, "cloud": 900, "tests": 6080 + 120 * (len(SCRIPTS) - 11)}
+LINES = {"benchmark": 2_200, "tuner": 900, "cloud": 900, "tests": 6080 + 120 * (len(SCRIPTS) - 11)}
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 
@@ -171,7 +171,8 @@ def test_what_the_tools_import_is_declared():
     assert not group.keys() & {"torch", "gymnasium", "mujoco", "ale-py", "tensorboard"}
     paths = [path for folder in ("benchmark", "cloud", "tuner") for path in (ROOT / folder).glob("*.py")]
     missing = {path.name: undeclared(ast.parse(path.read_text()), group) for path in paths}
-    del missing["peer.py"], missing["environments.py"]  # which run in the environment of a peer, or of a script
+    for name in ("peer.py", "environments.py", "gallery.py"):  # which run in the environment of a peer, or of a script
+        del missing[name]
     assert missing.pop("track.py") <= {"tensorboard"}  # whose files it reads
     assert set().union(*missing.values()) == set(), missing
 
