@@ -145,11 +145,16 @@ class FakeGames(gym.vector.VectorEnv):
     @classmethod
     def install(cls, monkeypatch, module) -> None:
         """Let a script's make_envs make these."""
-        monkeypatch.setattr(module, "make_envs", lambda args, num_envs, render=False: cls(num_envs))
+        wrap = (
+            (lambda games: module.Games(module.Adapter(games))) if hasattr(module, "Adapter") else lambda games: games
+        )
+        monkeypatch.setattr(module, "make_envs", lambda args, num_envs, render=False: wrap(cls(num_envs)))
 
 
 class FakeChoices(FakeGames):
     """Games of 8 steps: one of three bands of the image is bright, and that action pays 7, the others -3."""
+
+    every = 1  # steps; then another band is bright, for one step
 
     def __init__(self, num_envs: int):
         super().__init__(num_envs)
@@ -159,7 +164,7 @@ class FakeChoices(FakeGames):
     def observe(self) -> np.ndarray:
         obs = np.zeros((self.num_envs, 4, 84, 84), np.uint8)
         for i, right in enumerate(self.right):
-            obs[i, :, 28 * right : 28 * (right + 1)] = 255
+            obs[i, :, 28 * right : 28 * (right + 1)] = 255 * (self.t[i] % self.every == 0)
         return obs
 
     def step(self, actions):
@@ -168,8 +173,8 @@ class FakeChoices(FakeGames):
         over = self.t == 8
         infos = {"lives": np.ones(self.num_envs, np.int32)}
         infos |= {"final_obs": self.observe()} if over.any() else {}
-        self.right = self.rng.integers(3, size=self.num_envs)
         self.t[over] = 0
+        self.right = np.where(self.t % self.every == 0, self.rng.integers(3, size=self.num_envs), self.right)
         return self.observe(), rewards, over, np.zeros_like(over), infos
 
 
