@@ -36,7 +36,7 @@ def record(folder: Path, script: str, seed: int) -> list[Image.Image]:
     path, env = folder / "videos" / f"seed{seed}.mp4", os.environ | {"PYTHONPATH": str(runs.ROOT)}
     if not path.exists():
         words = [folder / f"{script}.py", "--evaluate", folder, "--video", "--eval-episodes=1", "--device=cpu"]
-        words += CAMERA * (folder.parent.name == "mujoco")
+        words += CAMERA * (folder.parent.name in ("mujoco", "off-policy"))
         errors = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=env).stderr
         if not path.exists():
             raise ValueError(errors.strip().rpartition("\n")[2])
