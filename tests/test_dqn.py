@@ -18,7 +18,7 @@ from torch.nn.utils import parameters_to_vector
 REPLAY, ACTOR = having("ReplayBuffer"), [*having("actor_loss"), *having("sac_loss")]
 PER = [name for name in having("SumTree") if name in REPLAY]  # those that buffer frames: test_dqn_atari.py
 DQN = [name for name in REPLAY if name not in ACTOR]
-TARGET_ACTOR = [name for name in ACTOR if hasattr(load(name).Args, "tau")]
+TARGET_ACTOR = [name for name in ACTOR if name in REPLAY and hasattr(load(name).Args, "tau")]
 NAMES = "double_dqn_loss", "dqn_loss", "qr_dqn_loss", "critic_loss", "sac_loss"
 UTD = [name for name in REPLAY if hasattr(load(name).Args, "utd")]  # in place of train_frequency, gradient_steps
 IN_ROUNDS = [name for name in REPLAY if name not in UTD]

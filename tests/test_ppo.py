@@ -236,7 +236,7 @@ def test_weights_are_orthogonal(script):
         assert layer.bias.abs().max() == 0
 
 
-@pytest.mark.parametrize("script", [*(name for name in ACTOR_CRITIC if name not in CONTINUOUS), "sac_discrete"])
+@pytest.mark.parametrize("script", [*(x for x in ACTOR_CRITIC if x not in CONTINUOUS), *having("soft_values")])
 def test_discrete_actions_have_the_frequencies_of_the_policy(script, rng):
     agent, _ = make_agent(script)
     logits, rows = torch.tensor([1.0, 0.0, -1.5, 0.3]), 40_000
@@ -253,7 +253,7 @@ def test_discrete_actions_have_the_frequencies_of_the_policy(script, rng):
     assert ((counts - rows * probabilities) ** 2 / (rows * probabilities)).sum() < 30  # three degrees of freedom
     pairs = torch.bincount(actions[1:] * 4 + actions[:-1], minlength=16).numpy() / rows  # each row for itself
     np.testing.assert_allclose(pairs, np.outer(probabilities, probabilities).flatten(), atol=0.01)
-    assert script in ATARI or agent.act(obs[:9]).tolist() == [0] * 9  # greedy
+    assert script in GAMES or agent.act(obs[:9]).tolist() == [0] * 9  # greedy
 
 
 @pytest.mark.parametrize("script", [x for x in CONTINUOUS if not hasattr(load(x).Args, "exploration_noise")])

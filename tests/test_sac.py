@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import having, load, make_agent
-from environments import Counter
-from test_ppo import gradients
+from environments import Counter, FakeGames
+from test_ppo import GAMES, gradients, inputs
 from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
 
 CONTINUOUS, DISCRETE = having("tanh_logprob"), having("soft_values")
 SAC, ACTOR = [*CONTINUOUS, *DISCRETE], [*having("actor_loss"), *DISCRETE]  # ACTOR: also those without entropy
+ACTOR = [name for name in ACTOR if name not in GAMES]  # test_sac_atari.py
 TWINS = ["sac_continuous"]  # the losses of the others are in their own tests
 CATEGORICAL = having("categorical_projection")  # test_simbav2.py
 UTD = [name for name in CONTINUOUS if hasattr(load(name).Args, "utd")]  # three updates where others have one
@@ -27,7 +28,8 @@ B = 50  # rows of a batch
 def batch(script: str) -> list[torch.Tensor]:
     """obs, actions, rewards, next_obs, terminations, for the agents of make_agent."""
     actions = torch.rand(B, 2) * 2 - 1 if script in CONTINUOUS else torch.randint(4, (B,))
-    return [torch.randn(B, 3), actions, torch.randn(B), torch.randn(B, 3), torch.rand(B) < 0.3]
+    obs, next_obs = (inputs(script, B)[0] for _ in range(2))
+    return [obs, actions, torch.randn(B), next_obs, torch.rand(B) < 0.3]
 
 
 def make_parts(script: str, **flags):
@@ -35,7 +37,7 @@ def make_parts(script: str, **flags):
     agent, args = make_agent(script, **flags)
     with torch.no_grad():
         for parameter in agent.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
+            parameter.add_((0.02 if script in GAMES else 0.3) * torch.randn_like(parameter))
         agent.log_alpha.fill_(-0.7)
     target = deepcopy(agent.critics).requires_grad_(False)
     target.apply(lambda layer: hasattr(layer, "reset_parameters") and layer.reset_parameters())
@@ -192,10 +194,12 @@ def test_loss_equals_its_definition(script, rng):
 
 
 @pytest.fixture
-def play(train):
-    """play(script, **flags): a run of three counters. Returns them."""
+def play(train, monkeypatch):
+    """play(script, **flags): a run of three counters, or games. Returns the counters."""
 
     def play(script: str, **flags) -> list[Counter]:
+        if script in GAMES:
+            FakeGames.install(monkeypatch, load(script))
         train(script, **{"num_envs": 3, "train_frequency": 3, "batch_size": 8, "policy_delay": 1} | flags)
         return Counter.made[:3]
 
@@ -246,10 +250,10 @@ def test_each_part_learns_by_its_own_loss(script, autotune, play, spy, monkeypat
 
 @pytest.mark.parametrize("script", DISCRETE)
 def test_target_entropy_is_annealed(script, play, spy):
-    """Between fractions of log(2), the entropy of two random actions."""
+    """Between fractions of the entropy of random actions, of which counters have two and games three."""
     updates = spy(load(script), "sac_loss")
     play(script, total_timesteps=300, learning_starts=30, target_entropy_scale=0.8, end_entropy_scale=0.2)
-    fractions = [update["target_entropy"].item() / math.log(2) for update, _ in updates]
+    fractions = [update["target_entropy"].item() / math.log(3 if script in GAMES else 2) for update, _ in updates]
     np.testing.assert_allclose(fractions, 0.8 - 0.6 * np.arange(30, 300, 3) / 300, rtol=1e-5)
 
 
