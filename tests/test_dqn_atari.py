@@ -11,9 +11,9 @@ from environments import FakeChoices, FakeGames
 from test_dqn import fits, is_share, through_a_file
 from test_ppo import inputs
 
-LOSSES = {"dqn_atari": "dqn_loss", "dqn_per_atari": "double_dqn_loss"}
-FRAMES, PER, DQN = having("FrameBuffer"), having("Priorities"), list(LOSSES)
-dqn, per = map(load, DQN)
+LOSSES = {"dqn_atari": "dqn_loss", "dqn_per_atari": "double_dqn_loss", "rainbow_atari": "rainbow_loss"}
+FRAMES, PER, DQN = having("FrameBuffer"), having("n_step_windows"), list(LOSSES)
+dqn, per, _ = map(load, DQN)
 
 
 class World:
@@ -189,7 +189,7 @@ def games(monkeypatch):
 
 
 @pytest.mark.parametrize("life_loss", [False, True])
-@pytest.mark.parametrize("script, n_step", [("dqn_atari", 1), ("dqn_per_atari", 1), ("dqn_per_atari", 3)])
+@pytest.mark.parametrize("script, n_step", [*((script, 1) for script in DQN), ("dqn_per_atari", 3), (DQN[-1], 3)])
 def test_batches_hold_what_happened(script, n_step, life_loss, train, games, monkeypatch):
     """Three games, three restarts, both kinds of end, lost lives: whole stacks, and no window across an end."""
     seen, ended = set(), set()
