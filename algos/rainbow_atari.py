@@ -18,7 +18,7 @@ Details that matter, besides those of dqn_atari.py (Atari, frames) and dqn_per.p
 - C51 (arXiv:1707.06887): fixed atoms fit clipped rewards, and IQN would run the hidden layer once for each quantile.
 - Epsilon-greedy, as in Dopamine's Rainbow (arXiv:1812.06110), whose scores have sticky actions. `--noisy` adds noisy
   layers (arXiv:1706.10295), as in BTR (arXiv:2411.03820). The paper has only those: `--noisy --start-e 0 --end-e 0`.
-- Priorities are powers of the KL divergence. Samples are independent, not stratified, which needs no sum tree.
+- Priorities are powers of the KL divergence plus 0.001. Samples are independent, not stratified, without a sum tree.
 
 Not included: what BTR adds (IQN, Munchausen, spectral normalization, pooling). Read before: dqn_per_atari.py.
 """
@@ -155,7 +155,7 @@ class Agent(nn.Module):
         self.bf16 = args.bf16
 
     def log_probs(self, obs: Tensor) -> Tensor:
-        """Log-probabilities of the atoms: bytes (B, 4, 84, 84) -> (B, A, K). Heads are combined atom by atom."""
+        """Log-probabilities of the atoms: bytes (B, 4, 84, 84) -> (B, A, K). V and A are combined atom by atom."""
         x = obs.to(torch.float32, memory_format=torch.channels_last) / 255
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             hidden = self.trunk(x)

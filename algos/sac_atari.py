@@ -8,7 +8,7 @@
 """Soft actor-critic (SAC) for Atari games.
 
     uv run sac_atari.py --env-id ALE/Breakout-v5          # or: python sac_atari.py
-    uv run sac_atari.py --env-id ALE/Pong-v5 --total-timesteps 2000000 --buffer-size 200000 --end-entropy-scale 0.3
+    uv run sac_atari.py --env-id ALE/Pong-v5 --total-timesteps 2000000 --alpha 0.1 --end-entropy-scale 0.3
     uv run sac_atari.py --resume runs/ALE-Breakout-v5__sac_atari__1__...
     uv run sac_atari.py --evaluate runs/ALE-Breakout-v5__sac_atari__1__... --video
 
@@ -19,11 +19,12 @@ SAC-D, but 10 million steps, four environments, and CleanRL's target entropy (0.
 Details that matter, besides those of dqn_atari.py (environments, replay buffer, bfloat16):
 - The target uses the mean of the two critics, not the minimum as in the paper, which underestimates (Zhou et al.).
 - Actor and critics share no convolutions. An update costs about five times one of dqn_atari.py.
-- The target entropy is a fraction of the maximum, constant by default. `--end-entropy-scale` anneals it.
-- The target critics are copies of every 8,000 steps; `--tau 0.005 --target-network-frequency 4` averages instead.
+- The target entropy is a fraction of the maximum, constant by default; `--end-entropy-scale` anneals it.
+- The critics' targets include the entropy, so values first rise far above the returns; with a smaller `--alpha`, less.
 - The evaluation samples from the policy: a greedy agent can wait forever for a ball that it never serves.
 
-Not included: the entropy penalty and clipped Q-values of Zhou et al., prioritized replay (dqn_per_atari.py).
+Not included: He's initialization, the entropy penalty and clipped Q-values of Zhou et al., prioritized replay
+(dqn_per_atari.py), critics without entropy (arXiv:2509.09838).
 """
 
 import importlib.metadata

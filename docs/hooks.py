@@ -44,6 +44,9 @@ from benchmark import speed as speed_of_scripts  # noqa: E402
 from benchmark.stats import form  # noqa: E402
 
 DIRECTIVE, FENCE = re.compile(r"\{\{ *(\w+)(.*?)\}\}"), re.compile(r"(^ *```.*?^ *```$)", re.M | re.S)
+NUMBERED = re.compile(
+    r'<span id="__span-([-\d]+)"><a id="[^"]*" name="[^"]*"></a><a href="[^"]*">(<span class="linenos".*?></span>)</a>'
+)
 LINK = re.compile(r"(?<=\])\(([^()\s:#]+)(#[^()\s]*)?\)")  # not to other sites, nor within the page
 
 
@@ -321,6 +324,11 @@ def on_page_markdown(markdown, page, config, files):
         parts[::2] = [pattern.sub(change, part) for part in parts[::2]]
         markdown = "".join(parts)
     return markdown.replace("<details><summary>", '<details markdown="1"><summary>')
+
+
+def on_post_page(output, page, config):
+    """Lines of code need one element with an id, not three: 3 MB."""
+    return NUMBERED.sub(r'<span id="__codelineno-\1">\2', output)
 
 
 def on_post_build(config):

@@ -54,7 +54,7 @@ FAMILIES = [  # the first whose suffix fits; a new kind of script needs a row he
         env_id="ALE/Klax-v5",  # every policy ends it within 400 steps, a random one within 130
         spaces=(Box(0, 255, (4, 84, 84), np.uint8), Discrete(4)),
         refused=["CartPole-v1", "Pendulum-v1", "Test/Image-v0", "ALE/Pung-v5"],
-        flags={"total_timesteps": 700, "checkpoint_every": 256, "num_envs": 2, "eval_episodes": 1, "bf16": False}
+        flags={"total_timesteps": 700, "checkpoint_every": 320, "num_envs": 2, "eval_episodes": 1, "bf16": False}
         | {"update_epochs": 1, "learning_starts": 100, "end_e": 0.8},
     ),
     Family(

@@ -145,10 +145,12 @@ class FakeGames(gym.vector.VectorEnv):
     @classmethod
     def install(cls, monkeypatch, module) -> None:
         """Let a script's make_envs make these."""
-        wrap = (
-            (lambda games: module.Games(module.Adapter(games))) if hasattr(module, "Adapter") else lambda games: games
-        )
-        monkeypatch.setattr(module, "make_envs", lambda args, num_envs, render=False: wrap(cls(num_envs)))
+
+        def make_envs(args, num_envs: int, render: bool = False) -> gym.vector.VectorEnv:
+            games = cls(num_envs)
+            return module.Games(module.Adapter(games)) if hasattr(module, "Adapter") else games
+
+        monkeypatch.setattr(module, "make_envs", make_envs)
 
 
 class FakeChoices(FakeGames):

@@ -22,7 +22,7 @@ ATARI = [name for name in GAMES if name in having("gae")]
 CONTINUOUS = [name for name in SCRIPTS if family(name).suffix == "_continuous"]
 RECURRENT = [name for name in SCRIPTS if hasattr(load(name).Agent, "initial_state")]  # test_ppo_lstm.py and _atari.py
 PPO, ON_POLICY = ([name for name in having(part) if name not in RECURRENT] for part in ("ppo_loss", "gae"))
-ACTOR_CRITIC, GAMES = [*ON_POLICY, "reinforce"], [name for name in ON_POLICY if name in ATARI]
+ACTOR_CRITIC, IMAGES = [*ON_POLICY, "reinforce"], [name for name in ON_POLICY if name in ATARI]
 VECTOR = [name for name in ON_POLICY if name not in ATARI and not is_asynchronous(name)]
 NORMALIZING = [name for name in VECTOR if name in CONTINUOUS]
 
@@ -447,7 +447,7 @@ class ExtraLives(FakeGames):
 
 
 @pytest.mark.parametrize("life_loss", [False, True])
-@pytest.mark.parametrize("script", GAMES)
+@pytest.mark.parametrize("script", IMAGES)
 def test_games_hold_what_happened(script, life_loss, rollouts, monkeypatch):
     """Signs of rewards for the learner, raw scores in the log. A lost life ends for the learner, not the game."""
     N, T, iterations, module = 3, 16, 3, load(script)
@@ -480,7 +480,7 @@ def test_games_hold_what_happened(script, life_loss, rollouts, monkeypatch):
     assert [(score, length) for _, score, length in episodes(folder)] == games.finished
 
 
-@pytest.mark.parametrize("script", GAMES)
+@pytest.mark.parametrize("script", IMAGES)
 @pytest.mark.parametrize("norm_obs", [False, True])
 def test_frames_are_normalized(script, norm_obs, rng):
     """Less the running mean of each pixel, over one deviation of all; without --norm-obs, bytes / 255."""
@@ -496,7 +496,7 @@ def test_frames_are_normalized(script, norm_obs, rng):
     torch.testing.assert_close(values, agent.critic(hidden)[:, 0], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("script", GAMES)
+@pytest.mark.parametrize("script", IMAGES)
 def test_statistics_of_frames(script, rollouts, monkeypatch):
     """Of the newest frame of every eighth step; saved, and unchanged by evaluation."""
     FakeGames.install(monkeypatch, load(script))
@@ -508,7 +508,7 @@ def test_statistics_of_frames(script, rollouts, monkeypatch):
     assert agent.obs_stats.count == len(frames) == 2 * 2 * 3
 
 
-@pytest.mark.parametrize("script", [name for name in ATARI if name not in RECURRENT])
+@pytest.mark.parametrize("script", IMAGES)
 def test_bfloat16_is_close_and_only_in_the_convolutions(script, rng):
     obs, _ = inputs(script, 4)
     agent, _ = make_agent(script, bf16=True)
