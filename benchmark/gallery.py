@@ -10,10 +10,8 @@ import sys
 from itertools import islice
 from pathlib import Path
 
-import imageio.v3 as imageio
 import pandas as pd
 import tyro
-from PIL import Image
 
 from benchmark import results, runs, suites
 
@@ -32,7 +30,11 @@ def choose(table: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([first, others.assign(name=others["script"])]).sort_values(["rank", "name"])
 
 
-def record(folder: Path, script: str, seed: int) -> list[Image.Image]:
+def record(folder: Path, script: str, seed: int) -> list:
+    """Images of PIL, which a machine without the scripts' packages may lack."""
+    import imageio.v3 as imageio
+    from PIL import Image
+
     path, env = folder / "videos" / f"seed{seed}.mp4", os.environ | {"PYTHONPATH": str(runs.ROOT)}
     if not path.exists():
         words = [folder / f"{script}.py", "--evaluate", folder, "--video", "--eval-episodes=1", "--device=cpu"]
@@ -43,7 +45,7 @@ def record(folder: Path, script: str, seed: int) -> list[Image.Image]:
     return [Image.fromarray(x) for x in islice(imageio.imiter(path, plugin="FFMPEG", fps=FPS), FRAMES)]
 
 
-def save(frames: list[Image.Image], path: Path, tries: tuple) -> None:
+def save(frames: list, path: Path, tries: tuple) -> None:
     for width, quality in tries:
         first, *rest = (frame.resize((width, width * frame.height // frame.width)) for frame in frames)
         first.save(path, save_all=True, append_images=rest, duration=1000 // FPS, loop=0, quality=quality)

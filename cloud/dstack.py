@@ -38,7 +38,7 @@ from cloud.job import find_script, makes_a_run
 
 HERE = Path(__file__).resolve().parent
 ENDED = "terminated", "failed", "done"  # dstack's final statuses
-LEFT_OUT = "docs/plots/", "benchmark/results/", "runs/"  # large, and no run reads them; dstack takes 2 MB of code
+LEFT_OUT = "docs/", "benchmark/results/", "runs/"  # large, and no run reads them; dstack takes 2 MB of code
 LOOK, TIMEOUT = 30.0, 300.0  # seconds between looks at all jobs, and until a dstack that does not answer is given up
 PATIENCE = 120  # looks that fail in a row before a job counts as lost
 NO_CLI = "the dstack CLI is not installed: uv tool install 'dstack[server]>=0.22,<0.23'"
