@@ -5,6 +5,7 @@ be read in print.
 """
 
 import io
+import re
 import textwrap
 from pathlib import Path
 
@@ -38,36 +39,46 @@ def short(value: float, _=None) -> str:
 
 
 def draw(title: str, lines: list[tuple]) -> Figure:
-    figure = Figure(figsize=(7.6, 3.8), facecolor="white")
-    axes = figure.add_axes((0.1, 0.145, 0.6, 0.75))
-    axes.set_title(title, loc="left", fontsize=11)
-    for place, (_, number, steps, mean, band, target) in enumerate(lines):
-        color, every = look(number)["color"], len(steps) // 5
-        if not np.isnan(band).all():
-            axes.fill_between(steps, *band, color=color, alpha=0.18, lw=0)
-        axes.plot(steps, mean, **look(number), markevery=(place * every // 5 % every, every))
-        axes.plot(1.012, target, "<", color=color, transform=axes.get_yaxis_transform(), clip_on=False)  # at the edge
-    drawn = np.concatenate([np.ravel(x) for line in lines for x in line[3:]])
+    """Over environment steps; and where there is something to compare, below it, over minutes."""
+    count = 1 + (len(lines) > 1)
+    height = 0.3 + 3.5 * count
+    figure = Figure(figsize=(7.6, height), facecolor="white")
+    panels = figure.subplots(count, 1, squeeze=False, sharey=True)[:, 0]
+    figure.subplots_adjust(left=0.1, right=0.7, bottom=0.53 / height, top=1 - 0.4 / height, hspace=0.22)
+    panels[0].set_title(title, loc="left", fontsize=11)
+    for is_clock, axes in enumerate(panels):
+        edge = {"transform": axes.get_yaxis_transform(), "clip_on": False}
+        for place, (_, number, steps, minutes, mean, band, target) in enumerate(lines):
+            color, every = look(number)["color"], len(steps) // 5
+            x = steps * minutes / steps[-1] if is_clock else steps
+            if not np.isnan(band).all():
+                axes.fill_between(x, *band, color=color, alpha=0.18, lw=0)
+            axes.plot(x, mean, **look(number), markevery=(place * every // 5 % every, every))
+            axes.plot(1.012, target, "<", color=color, **edge)
+        axes.set(ylabel="return, last 100 training episodes", xlabel="minutes" if is_clock else "environment steps")
+    drawn = np.concatenate([np.ravel(x) for line in lines for x in line[4:]])
     low, high = np.nanmin(drawn), np.nanmax(drawn)
     margin = 0.06 * (high - low) or 1.0
-    axes.set(xlim=(0, max(line[2][-1] for line in lines)), ylim=(low - margin, high + margin))
-    axes.set(xlabel="environment steps", ylabel="return, last 100 training episodes")
-    for axis in (axes.xaxis, axes.yaxis):
+    panels[0].set(xlim=(0, max(line[2][-1] for line in lines)), ylim=(low - margin, high + margin))
+    ends = [line[3] for line in lines]
+    panels[-1].set(**{"xscale": "log", "xlim": (min(ends) / 20, max(ends))} if count > 1 else {})
+    for axis in (axis for axes in panels for axis in (axes.xaxis, axes.yaxis)):
         axis.set_major_formatter(FuncFormatter(short))
-    best_first = sorted(lines, key=lambda line: -np.nan_to_num(line[3][-1], nan=-np.inf))
+    best_first = sorted(lines, key=lambda line: -np.nan_to_num(line[4][-1], nan=-np.inf))
     handles = [Line2D([], [], label=textwrap.fill(name, 26), **look(number)) for name, number, *_ in best_first]
     target = Line2D([], [], ls="", marker="<", color="#666666", label="target")
-    handles += [target] if not all(np.isnan(line[5]) for line in lines) else []
-    axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.03, 1.02))
+    handles += [target] if not all(np.isnan(line[6]) for line in lines) else []
+    panels[0].legend(handles=handles, loc="upper left", bbox_to_anchor=(1.03, 1.02))
     return figure
 
 
 def learning_curves(title: str, lines: list[tuple]) -> bytes:
-    """SVG. lines: name, number of its look, steps (T,), mean over seeds (T,), its band (2, T), target or nan."""
+    """SVG. lines: name, number of its look, steps (T,), minutes, mean over seeds (T,), its band (2, T), target."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # whatever style a user has configured
         style.use(Path(__file__).with_suffix(".mplstyle"))
         file = io.BytesIO()
         figure = draw(title, [(*line[:3], *map(tidy, line[3:])) for line in lines])
         figure.savefig(file, format="svg", metadata={"Date": None})
-    return b"\n".join(line.rstrip() for line in file.getvalue().split(b"\n"))
+    svg = re.sub(rb"(\d\.\d\d)\d+", rb"\1", file.getvalue())  # hundredths of a point are enough
+    return b"\n".join(line.rstrip() for line in svg.split(b"\n"))

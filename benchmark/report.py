@@ -262,10 +262,11 @@ def plot_name(suite: str, what: str) -> str:
 
 
 def draw_curves(env: str, cells: pd.DataFrame, styles: list[str]) -> bytes:
-    lines = []
-    for x in cells.itertuples():
+    lines, learners = [], cells[cells["algo"] != "random_policy"]
+    for x in (cells if learners.empty else learners).itertuples():
         curves = x.curves[list(x.runs["seed"])].to_numpy(float).T
-        lines.append((x.label, styles.index(x.algo), x.curves.index, curves.mean(0), stats.band(curves), x.target))
+        look, minutes = styles.index(x.algo), x.runs["minutes"].median()
+        lines.append((x.label, look, x.curves.index, minutes, curves.mean(0), stats.band(curves), x.target))
     return plots.learning_curves(env, lines)
 
 

@@ -327,8 +327,10 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def on_post_page(output, page, config):
-    """Smaller: of each line of code one element with an id, not three; no indentation around code."""
-    parts = re.split("(<pre.*?</pre>)", NUMBERED.sub(r'<span id="__codelineno-\1">\2', output), flags=re.S)
+    """Smaller: of each line of code one element with an id, not three; none around names; no indentation elsewhere."""
+    output = NUMBERED.sub(r'<span id="__codelineno-\1">\2', output)
+    output = re.sub('<span class="[nw]">([^<]*)</span>', r"\1", output)
+    parts = re.split("(<pre.*?</pre>)", output, flags=re.S)
     parts[::2] = [re.sub(r"\s*\n\s*", "\n", part) for part in parts[::2]]
     return "".join(parts)
 

@@ -174,7 +174,7 @@ def test_plots(toys):
     ElementTree.fromstring(text)
     assert "<dc:date>" not in text and str(toys.base) not in text and len(text) < 100_000
     words = set(re.findall(r">([\w-]+)</text>", text))
-    assert {"ppo", "dqn", "target", "500"} <= words and not {"sac", "10k"} & words  # nor the target of sac, 9999
+    assert {"ppo", "dqn", "target", "500", "minutes"} <= words and not {"sac", "10k"} & words  # nor the target of sac, 9999
 
 
 def test_the_same_bytes_in_another_process_with_another_style(toys):
