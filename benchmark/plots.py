@@ -1,7 +1,7 @@
 """The learning curves of docs/BENCHMARKS.md, as SVG: the same bytes from the same data and the same matplotlib.
 
-Lines differ in color (Okabe and Ito's, which color-blind readers can tell apart), dash, and marker, so the figures can
-be read in print.
+Lines differ in color (Okabe and Ito's and two of Tol's, which color-blind readers can tell apart), dash, and marker, so
+the figures can be read in print.
 """
 
 import io
@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
-COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9"
+COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#882255", "#999933"
 DASHES = "-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 1, 1, 1, 1, 1))
 MARKERS = "o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "p"
 

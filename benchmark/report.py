@@ -39,6 +39,7 @@ METRICS = {  # in reference.csv: our closest column, and its name on the page
 SCORES = ["script", "steps", "seeds", "training return", "worst … best", "evaluation", "target", "minutes"]
 DETAILS = ["script", "median", "steps/s", "machine", "commit"]
 OWN = "*Training return*: mean over runs of the last 100 training episodes [95 % interval]. *Evaluation*: greedy."
+BELOW = "Below a target or a published score"
 BEGIN, END = "<!-- written by benchmark/report.py -->\n", "<!-- end of what report.py writes -->\n"
 
 
@@ -115,7 +116,7 @@ def published(entry: suites.Entry, mine: pd.DataFrame, reference: pd.DataFrame) 
         peer |= {"published": exact(row.score) + spread * (row.spread_kind != "none"), "by": row.source}
         peer["ours is"] = "**below**" + ", within our interval" * bool(is_within) if is_below else "at or above"
         peer["their environment, steps, runs"] = f"{row.their_env_id}, {steps}, {count}"
-        short = f"{form(ours.mean())} against {row.source}'s {exact(row.score)}"
+        short = f"{measure} {form(ours.mean())}, {row.source} has {exact(row.score)}"
         found.append({"row": peer, "source": row.source, "is below": is_below, "short": short})
     return found
 
@@ -222,10 +223,10 @@ def summary(cells: pd.DataFrame) -> list[str]:
 def missed_targets(cells: pd.DataFrame) -> list[str]:
     lines = []
     for x in cells[cells["ran"]].itertuples():
-        missed = [] if x.met else [f"{form(x.finals.mean())} against the target {exact(x.target)}"]
+        missed = [] if x.met else [f"training return {form(x.finals.mean())}, target {exact(x.target)}"]
         missed += [peer["short"] for peer in x.peers if peer["is below"]]
         lines += [f"- `{x.label}` on {x.env}: {'; '.join(missed)}. {x.tried}".strip()] * bool(missed)
-    return ["## Missed targets", "", *lines] if lines else []
+    return [f"## {BELOW}", "", *lines] if lines else []
 
 
 def anchor(title: str) -> str:

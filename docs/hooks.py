@@ -129,13 +129,14 @@ def results_of(page, files, stem: str) -> str:
         rows = [report.describe(x) | {"environment": report.environment(x.env)} for x in ran.itertuples()]
         names = ["environment", *(name for name in report.SCORES[1:] if name != "worst … best")]
         lines += [re.sub(r"(?<![|]) (?![|])", "\u00a0", row) for row in report.table(rows, names)]
-        old = ["†: so many of the runs were made by an earlier version of the script.", ""]
-        lines += old if any("†" in row["seeds"] for row in rows) else []
+        legend = "Training return: last 100 training episodes, mean over seeds [95 % interval]. Evaluation: greedy."
+        legend += " †: so many of the seeds were run with an earlier version of the script." * ("†" in str(rows))
+        lines += [f"{legend} [More](/docs/guides/read-the-benchmarks.md)", ""]
         plots = [f"![{x.env}](/docs/plots/{report.plot_name(x.suite, x.env)})" for x in ran.itertuples()]
         lines += ['<div class="curves" markdown="1">', "", *plots, "", "</div>", ""]
         lines += report.fold("The commands", "```sh", *(f"uv run {x.command}" for x in ran.itertuples()), "```", "")
         missed = [line.replace("](", "](/docs/") for line in report.missed_targets(ran)[2:]]
-        lines += ["Missed targets:", "", *missed, ""] if missed else []
+        lines += [f"{report.BELOW}:", "", *missed, ""] if missed else []
     if waiting := ", ".join(mine["env"][~mine["ran"]].unique()) or "in no suite" * ran.empty:
         lines.append(f"Not run yet: {waiting}.")
     return "\n".join([*lines, ""])
@@ -167,7 +168,7 @@ def diff(page, files, *stems: str) -> str:
         summary = f"<summary><code>{title}</code> {verb}</summary>"
         code = f'<div class="highlight diff"><pre><code>{"".join(rows)}</code></pre></div>'
         parts.append(f'<details class="plain"{is_open}>{summary}{code}</details>')
-    return "\n\n".join([*parts, f"The same in both files: {', '.join(same)}.", ""])
+    return "\n\n".join([*parts, f"The same in both files: {', '.join(same)}." if same else "", ""])
 
 
 @cache
