@@ -76,10 +76,18 @@ def read_suites(args: Args, reference: pd.DataFrame) -> pd.DataFrame:
         for entry in (entry for entry in suite.entries if entry.fits(args.only)):
             wanted = [entry.env, entry.script.stem, entry.steps, results.text_of(entry.flags)]
             mine = found[(found[["env", "script", "steps", "flags"]] == wanted).all(axis=1)]
+            mine = one_version(mine, runs.code_hash(entry.script.read_text()))
             curves, peers = results.read_curves(suite, entry, args.results_dir), published(entry, mine, reference)
             more = {"suite": suite.name, "title": suite.title, "protocol": suite.protocol, "peers": peers}
             cells.append(cell(entry, mine, curves, **more))
     return pd.DataFrame(cells)
+
+
+def one_version(found: pd.DataFrame, current: str) -> pd.DataFrame:
+    """Of an entry's runs those of one version of the script: the one that most of them have, of equals the current."""
+    counts = found["code"].value_counts()
+    best = max(counts.index, key=lambda code: (counts[code], code == current, code), default=current)
+    return found[found["code"] == best]
 
 
 def read_own(args: Args) -> pd.DataFrame:
@@ -154,8 +162,8 @@ def describe(x) -> dict[str, str]:
     row["target"] = "–" if math.isnan(x.target) else exact(x.target)
     if not n:
         return row | {"training return": "no runs yet"}
-    older = (found["code"] != runs.code_hash(x.script.read_text())).sum()
-    row["seeds"] += f" ({older}†)" * bool(older)
+    is_old = (found["code"] != runs.code_hash(x.script.read_text())).any()
+    row["seeds"] += "†" if is_old else ""
     row["training return"] = f"**{form(x.finals.mean())}**" + between(stats.mean_interval(x.finals))
     row["worst … best"] = f"{form(x.finals.min())} … {form(x.finals.max())}"
     row["evaluation"] = with_interval(found["eval_mean"].dropna().to_numpy(float))

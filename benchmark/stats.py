@@ -2,8 +2,8 @@
 
 The scores of an algorithm on one environment are an array with one number per seed; on several environments a list of
 such arrays (strata). A bootstrap resamples the seeds within each stratum, and every stratum has the same weight
-(Agarwal et al. 2021, arXiv:2108.13264). Intervals are 95 % percentile bootstrap intervals, nan for a single seed. Every
-function starts from the same random seed.
+(Agarwal et al. 2021, arXiv:2108.13264). Intervals are 95 % percentile bootstrap intervals, nan for one or two seeds.
+Every function starts from the same random seed.
 """
 
 import math
@@ -12,6 +12,7 @@ from itertools import chain, combinations
 import numpy as np
 
 SEED, RESAMPLES, ALPHA = 20_210_830, 10_000, 0.05
+FEWEST = 3  # seeds for an interval
 
 
 def interval(resampled: np.ndarray) -> np.ndarray:
@@ -26,21 +27,21 @@ def resample(scores: np.ndarray, rng: np.random.Generator, resamples: int = RESA
 
 def mean_interval(scores: np.ndarray) -> np.ndarray:
     """Interval of the mean over seeds, (n,) -> (2,)."""
-    return interval(resample(scores, np.random.default_rng(SEED)).mean(1)) if len(scores) > 1 else np.full(2, np.nan)
+    return interval(resample(scores, np.random.default_rng(SEED)).mean(1)) if len(scores) >= FEWEST else np.full(2, np.nan)
 
 
 def difference_interval(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Interval of mean(y) - mean(x), seeds not paired: (n,), (m,) -> (2,)."""
     rng = np.random.default_rng(SEED)
     found = interval(resample(y, rng).mean(1) - resample(x, rng).mean(1))
-    return found if min(len(x), len(y)) > 1 else np.full(2, np.nan)
+    return found if min(len(x), len(y)) >= FEWEST else np.full(2, np.nan)
 
 
 def band(curves: np.ndarray, resamples: int = 2000) -> np.ndarray:
     """Interval of the mean curve over seeds, (n, T) -> (2, T); whole curves are drawn. nan where one is nan."""
     rows = np.random.default_rng(SEED).integers(len(curves), size=(resamples, len(curves)))
     found = interval(sum(curves[column] for column in rows.T) / len(curves))
-    return found if len(curves) > 1 else np.full_like(found, np.nan)
+    return found if len(curves) >= FEWEST else np.full_like(found, np.nan)
 
 
 def iqm(scores: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -56,7 +57,7 @@ def iqm_interval(strata: list[np.ndarray], resamples: int = 5000) -> tuple[float
     rng = np.random.default_rng(SEED)
     weight = np.concatenate([np.full(len(scores), 1 / len(scores) / len(strata)) for scores in strata])
     drawn = np.concatenate([resample(scores, rng, resamples) for scores in strata], 1)
-    spread = interval(iqm(drawn, weight)) if max(map(len, strata)) > 1 else np.full(2, np.nan)
+    spread = interval(iqm(drawn, weight)) if max(map(len, strata)) >= FEWEST else np.full(2, np.nan)
     return float(iqm(np.concatenate(strata), weight)), spread
 
 
@@ -74,7 +75,7 @@ def improvement(xs: list[np.ndarray], ys: list[np.ndarray], resamples: int = RES
         value += won.mean() / len(xs)
         of_x, of_y = (rng.multinomial(n, np.full(n, 1 / n), size=resamples) for n in won.shape)
         drawn += ((of_x @ won) * of_y).sum(1) / won.size / len(xs)
-    return float(value), interval(drawn) if max(map(len, [*xs, *ys])) > 1 else np.full(2, np.nan)
+    return float(value), interval(drawn) if min(map(len, [*xs, *ys])) >= FEWEST else np.full(2, np.nan)
 
 
 def rank_test(x: np.ndarray, y: np.ndarray, limit: int = 200_000) -> float:

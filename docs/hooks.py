@@ -130,7 +130,7 @@ def results_of(page, files, stem: str) -> str:
         names = ["environment", *(name for name in report.SCORES[1:] if name != "worst … best")]
         lines += [re.sub(r"(?<![|]) (?![|])", "\u00a0", row) for row in report.table(rows, names)]
         legend = "Training return: last 100 training episodes, mean over seeds [95 % interval]. Evaluation: greedy."
-        legend += " †: so many of the seeds were run with an earlier version of the script." * ("†" in str(rows))
+        legend += " †: run with an earlier version of the script." * ("†" in str(rows))
         lines += [f"{legend} [More](/docs/guides/read-the-benchmarks.md)", ""]
         plots = [f"![{x.env}](/docs/plots/{report.plot_name(x.suite, x.env)})" for x in ran.itertuples()]
         lines += ['<div class="curves" markdown="1">', "", *plots, "", "</div>", ""]

@@ -63,7 +63,7 @@ def toys(tmp_path_factory) -> SimpleNamespace:
         fake_script(base, name)
     (base / "toys.toml").write_text(TOML)
     suite = suites.load(base / "toys.toml")
-    for entry, scores in zip(suite.entries, (PPO, [300.0, 350.0])):
+    for entry, scores in zip(suite.entries, (PPO, [300.0, 350.0, 100.0])):
         for seed, score in enumerate(scores, 1):
             half = (0.0,) * 500 + (score,) * 500
             folder = finish(entry.spec("toys", seed, base / "runs"), half, seconds=90.0 * seed)
@@ -96,7 +96,7 @@ def test_scores_of_the_page(toys):
     low, high = (f"{x:.1f}" for x in stats.mean_interval(np.array(PPO)))
     row = ["`ppo`", "100 000", "3", f"**410.0** [{low}, {high}]", "390.0 … 440.0", f"410.0 [{low}, {high}]"]
     assert list(scores.iloc[0]) == [*row, "400 met", "3.00"]
-    assert list(scores.iloc[1][["seeds", "target"]]) == ["2 of 3 (1†)", "475 **not met**"]
+    assert list(scores.iloc[1][["seeds", "target"]]) == ["2 of 3", "475 **not met**"]
     assert list(scores.iloc[2][["seeds", "training return", "target"]]) == ["0 of 3", "no runs yet", "9999"]
     command = "python ppo.py --env-id CartPole-v1 --total-timesteps 100000 --learning-rate 0.01 --no-norm-adv --seed 1"
     assert f"\n{command}  # the first\n" in toys.text
@@ -120,6 +120,16 @@ def test_what_falls_short_is_listed_once_with_what_was_tried(toys):
     assert "training return 325.0, target 475" in part and "`sac`" not in part
     (line,) = (line for line in part.splitlines() if "`ppo`" in line)
     assert "410.0, CleanRL has 490.04" in line and line.endswith(". More was worse.")
+
+
+def test_a_row_is_of_one_version_of_the_script():
+    def chosen(*codes: str) -> list[int]:
+        return list(report.one_version(pd.DataFrame({"code": list(codes)}), "now").index)
+
+    assert chosen("now", "old", "old", "older") == [1, 2]
+    assert chosen("old", "now", "older") == [1]
+    assert chosen("old", "now", "old", "now") == [1, 3]
+    assert chosen() == []
 
 
 def test_scores_of_other_flags_are_not_shown(toys, call, tmp_path):
