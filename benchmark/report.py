@@ -252,7 +252,8 @@ def algorithms(cells: pd.DataFrame) -> list[dict[str, str]]:
     for stem, adds, envs in re.findall(CHART, (runs.SCRIPTS / "README.md").read_text(), re.M):
         ran = [x for x in cells[cells["ran"]].itertuples() if x.script.stem == stem]
         ran.sort(key=lambda x: TELLING.index(x.env) if x.env in TELLING else len(TELLING))
-        scores = [f"{describe(x)['training return'].split(' [')[0]} {environment(x.env)}" for x in ran[:1]]
+        found = [(describe(x), environment(x.env)) for x in ran[:1]]
+        scores = [f"{x['training return'].split(' [')[0]} {env}, {x['seeds']} seeds" for x, env in found]
         row = {"file": f"[`{stem}`](/algos/{stem}.py)", "what it adds to the one before": adds, "environments": envs}
         rows.append(row | {"training return": "".join(scores) or "not run yet"})
     return rows

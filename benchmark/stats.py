@@ -27,7 +27,8 @@ def resample(scores: np.ndarray, rng: np.random.Generator, resamples: int = RESA
 
 def mean_interval(scores: np.ndarray) -> np.ndarray:
     """Interval of the mean over seeds, (n,) -> (2,)."""
-    return interval(resample(scores, np.random.default_rng(SEED)).mean(1)) if len(scores) >= FEWEST else np.full(2, np.nan)
+    enough = len(scores) >= FEWEST
+    return interval(resample(scores, np.random.default_rng(SEED)).mean(1)) if enough else np.full(2, np.nan)
 
 
 def difference_interval(x: np.ndarray, y: np.ndarray) -> np.ndarray:

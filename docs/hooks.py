@@ -164,7 +164,7 @@ def diff(page, files, *stems: str) -> str:
                 rows += [f'<span class="del">{codes[0][old[x]]}</span>' for x in range(i, k) if tag != "equal"]
                 rows += [f'<span class="{"add" * (tag != "equal")}">{codes[1][new[x]]}</span>' for x in range(j, m)]
         title = " → ".join(dict.fromkeys(x for x in (old_name, new_name) if x))
-        verb, is_open = ("changed", " open") if a and b else ("new" if b else "gone", "")
+        verb, is_open = "changed" if a and b else "new" if b else "gone", " open" * (key == "loss")
         summary = f"<summary><code>{title}</code> {verb}</summary>"
         code = f'<div class="highlight diff"><pre><code>{"".join(rows)}</code></pre></div>'
         parts.append(f'<details class="plain"{is_open}>{summary}{code}</details>')
@@ -193,7 +193,8 @@ def best(page, files) -> str:
     for env, of in ran[ran["algo"] != "random_policy"].groupby("env", sort=False):
         x = max(of.itertuples(), key=lambda x: x.finals.mean())
         row = {"environment": report.environment(env), "script": f"<code>{link(page, files, x.script.stem)}</code>"}
-        rows.append(row | {name: report.describe(x)[name] for name in ("training return", "seeds", "steps", "minutes")})
+        shown = "training return", "evaluation", "seeds", "steps", "minutes"
+        rows.append(row | {name: report.describe(x)[name] for name in shown})
         commands += [f"uv run {x.command}"]
     return "\n".join([*report.table(rows), *report.fold("The commands", "```sh", *commands, "```", "")])
 
@@ -206,7 +207,7 @@ def speed(page, files) -> str:
         row |= {"beside": f"{x.peer} {x.version}".strip(), "ours, steps/s": f"{x.ours:,.0f}"}
         row |= {"theirs": f"{x.theirs:,.0f}"}
         row |= {"ratio [min, max]": f"**{x.ratio:.2f}** [{x.ratio_min:.2f}, {x.ratio_max:.2f}]", "pairs": str(x.pairs)}
-        rows.append(row | {"measured": f"{where}, `{x.commit[:7]}`"})
+        rows.append(row | {"measured": f"{where}, `{x.commit[:7]}`{x.commit[40:]}"})
     return "\n".join(report.table(rows))
 
 
@@ -242,7 +243,8 @@ def scores_of(env: str) -> str:
 def video(page, files, stem: str, caption: str = "") -> str:
     mine = videos()[[bool(own(stem)) and script == stem for script in videos()["script"]]]
     for row in mine.head(1).itertuples(index=False):
-        return figure(row, f"{caption}. {scores_of(row.env)}, evaluation return {form(row.eval_mean)}.")
+        score = f"evaluation return of this run {form(row.eval_mean)}"
+        return figure(row, f"{caption}. {scores_of(row.env)}, {score}.")
     return ""
 
 
