@@ -221,7 +221,8 @@ def drawing(page, files) -> str:
 def about(page, files, stem: str) -> str:
     length, (adds, envs) = len(own(stem).splitlines()), list(chart()[stem].values())[1:3]
     file = f"[`algos/{stem}.py`](/algos/{stem}.py), {length} lines above the shared part"
-    return f"{file} · {envs} · adds {adds}\n{{ .about }}"
+    words = "[words and symbols](/docs/primer.md)"
+    return f"{file} · {envs} · what it adds: {adds} · {words}\n{{ .about }}"
 
 
 @cache
