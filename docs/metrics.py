@@ -41,8 +41,11 @@ def main(path: str, *words: str) -> None:
             steps, values = np.array([(x.step, x.value) for x in events.Scalars(metric)]).T
             axes.plot(smooth(steps), plots.tidy(smooth(values)), color=color, lw=1.4, label=runs[folder])
             axes.set_title(metric, loc="left", fontsize=10)
-            if values.min() > 0 and values.max() > 1000 * np.median(axes.lines[0].get_ydata()):
+            typical = np.median(axes.lines[0].get_ydata())  # of the healthy run
+            if values.min() > 0 and (values.max() > 1000 * typical or np.median(values) > 30 * typical):
                 axes.set_yscale("log")
+    for axes in grid[-columns:]:
+        axes.set_xlabel("environment steps")
     for axes in grid:
         for axis in (axes.xaxis, axes.yaxis):
             if axis.get_scale() == "linear":
