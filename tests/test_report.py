@@ -159,7 +159,7 @@ def test_readme_gets_a_table_with_one_score_of_each_script(toys, tmp_path):
     assert text.startswith(f"# Toys\n{report.BEGIN}") and text.endswith(f"{report.END}The rest.\n")
     (table,) = tables(text)
     scores = dict(zip(table["file"].str.split("`").str[1], table["training return"]))
-    assert scores["ppo"] == "**410.0** [CartPole-v1](docs/BENCHMARKS.md#cartpole-v1)"
+    assert scores["ppo"] == "**410.0** [CartPole-v1](docs/BENCHMARKS.md#cartpole-v1), 3 seeds"
     assert scores["dqn"].startswith("**325.0** ") and scores["reinforce"] == "not run yet"
     assert set(scores) == {path.stem for path in (ROOT / "algos").glob("*.py")} and report.readme(text, cells) == text
 
