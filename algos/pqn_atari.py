@@ -16,8 +16,8 @@ Papers: Gallici et al. 2025 (PQN, arXiv:2407.04811); Peng and Williams 1996 (Q(l
 (the network); Machado et al. 2018 (sticky actions, arXiv:1709.06009).
 
 Details that matter:
-- Defaults are those of the authors' code, except for 32 games instead of 128, for CPUs; the size of a minibatch and the
-  gradient steps per environment step are the same. It has no sticky actions and initializes after He, not orthogonally.
+- Defaults are those of the authors' code, except for 32 games instead of 128, for CPUs, and 10 million steps instead of
+  50; minibatches and gradient steps per environment step are the same. There: no sticky actions, He's initialization.
 - Layer normalization over the channels of each position, before each ReLU, in place of a target network.
 - Preprocessing by ALE's vector environment, see `make_envs`. A step is 4 frames. Scores are those of whole games,
   unclipped; the learner sees the sign of each reward and, with `--life-loss`, a termination at each lost life.

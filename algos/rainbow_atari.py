@@ -12,12 +12,12 @@
     uv run rainbow_atari.py --resume runs/ALE-Breakout-v5__rainbow_atari__1__...
     uv run rainbow_atari.py --evaluate runs/ALE-Breakout-v5__rainbow_atari__1__... --video
 
-Paper: Hessel et al. 2018 (arXiv:1710.02298), with its hyperparameters, but 10 million steps and four environments.
+Paper: Hessel et al. 2018 (arXiv:1710.02298), with its hyperparameters, but 10 million steps, four environments, and, as
+in Dopamine's Rainbow (arXiv:1812.06110), sticky actions, no termination at a lost life, and epsilon, not noise.
 
 Details that matter, besides those of dqn_atari.py (Atari, frames) and dqn_per.py (priorities, windows):
 - C51 (arXiv:1707.06887): fixed atoms fit clipped rewards, and IQN would run the hidden layer once for each quantile.
-- Epsilon-greedy, as in Dopamine's Rainbow (arXiv:1812.06110), whose scores have sticky actions. `--noisy` adds noisy
-  layers (arXiv:1706.10295), as in BTR (arXiv:2411.03820). The paper has only those: `--noisy --start-e 0 --end-e 0`.
+- `--noisy` adds noisy layers (arXiv:1706.10295), as BTR does (arXiv:2411.03820); `--start-e 0 --end-e 0`: only those.
 - Priorities are powers of the KL divergence plus 0.001. Samples are independent, not stratified, without a sum tree.
 
 Not included: what BTR adds (IQN, Munchausen, spectral normalization, pooling). Read before: dqn_per_atari.py.
@@ -109,7 +109,7 @@ class Args:
 
 
 class NoisyLinear(nn.Linear):
-    """Weights and biases are mean + sigma * noise (NoisyNet eq. 9 to 11), new in each row; in evaluation, means."""
+    """Weights and biases are mean + sigma * factorized noise (NoisyNet), new in each row; in evaluation, means."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)  # the means, initialized as in section 3.2
