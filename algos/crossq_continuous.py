@@ -105,7 +105,7 @@ class Args:
 
 
 class BatchRenorm(nn.Module):
-    """Batch renormalization (Ioffe 2017, algorithm 1), normalized features of a batch: (B, D) -> (B, D).
+    """Batch renormalization (Ioffe 2017), normalized features of a batch: (B, D) -> (B, D).
 
     y = weight * x_hat + bias, where x_hat = (x - mean) / std with running statistics, or, in training,
     x_hat = (x - mean_B) / std_B * r + d with those of the batch, r = std_B / std and d = (mean_B - mean) / std. Without

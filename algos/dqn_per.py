@@ -277,7 +277,7 @@ def linear_schedule(start: float, end: float, duration: float, t: float) -> floa
 def double_dqn_loss(
     agent, target, obs, actions, returns, discounts, next_obs, terminations, weights
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Double DQN eq. 4 on B windows, the squared TD errors weighted. Returns the loss, TD errors (B,), and metrics."""
+    """Double DQN on B windows, the squared TD errors weighted. Returns the loss, TD errors (B,), and metrics."""
     with torch.no_grad():
         next_actions = agent(next_obs).argmax(-1, keepdim=True)
         next_values = target(next_obs).gather(-1, next_actions).squeeze(-1)

@@ -253,7 +253,7 @@ class EpisodeBuffer:
         return rows, [torch.from_numpy(x).to(device) for x in (*batch, weights)]
 
     def update(self, rows: np.ndarray, advantages: np.ndarray) -> None:
-        """Set the priorities of `rows` (B,): (max(R - V, 0) + eps)^alpha, SIL section 3."""
+        """Set the priorities of `rows` (B,): (max(R - V, 0) + eps)^alpha."""
         clipped = np.nan_to_num(advantages, posinf=0).astype(np.float64).clip(0)  # a diverged run is stopped by its log
         self.priorities[rows] = (clipped + self.args.per_eps) ** self.args.per_alpha
 
@@ -297,7 +297,7 @@ def ppo_loss(agent, args, obs, actions, old_logprobs, advantages, returns, old_v
 def sil_loss(
     agent, args, obs, actions, returns, discounts, final_obs, weights
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """SIL eq. 1 on B steps of the buffer: obs (B, D), the others (B,). Returns the loss, (R - V)+ (B,), and metrics.
+    """SIL's loss on B steps of the buffer: obs (B, D), the others (B,). Returns the loss, (R - V)+ (B,), and metrics.
 
     A return above V(s) shows what the policy can reach, so it is a lower bound of the best value: actions that led to
     more than V(s) become more probable, and V(s) rises. A return below V(s) shows nothing, and has no gradient.
@@ -306,8 +306,8 @@ def sil_loss(
     with torch.no_grad():  # R; the discount is 0 after a termination
         returns = returns + torch.where(discounts > 0, discounts * agent.value(final_obs), 0)
     advantages = (returns - agent.value(obs)).clamp(min=0)  # (R - V)+
-    policy_loss = -(weights * logprobs * advantages.detach()).mean()  # SIL eq. 2
-    value_loss = 0.5 * (weights * advantages.square()).mean()  # SIL eq. 3
+    policy_loss = -(weights * logprobs * advantages.detach()).mean()
+    value_loss = 0.5 * (weights * advantages.square()).mean()
     loss = args.sil_coef * (policy_loss + args.sil_vf_coef * value_loss)
     metrics = {"losses/sil_policy_loss": policy_loss, "losses/sil_value_loss": value_loss}
     metrics |= {"losses/sil_advantage": advantages.mean()}
@@ -315,7 +315,7 @@ def sil_loss(
 
 
 def train(args: Args) -> None:
-    """SIL, algorithm 1, with PPO: collect T steps in N environments, make K epochs on them, M updates of imitation."""
+    """SIL with PPO: collect T steps in N environments, make K epochs on them, M updates of imitation."""
     T, N, device = args.num_steps, args.num_envs, args.device
     envs, current_obs = start_envs(args, "train", 0, N)  # seeds everything
     agent = Agent(envs, args).to(device)

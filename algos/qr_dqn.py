@@ -220,7 +220,7 @@ def quantile_huber_loss(quantiles: Tensor, targets: Tensor, kappa: float) -> Ten
 
 
 def qr_dqn_loss(agent, target, args, obs, actions, rewards, next_obs, terminations) -> tuple[Tensor, dict[str, Tensor]]:
-    """QR-DQN algorithm 1 on B transitions. Returns the loss and the metrics to log."""
+    """The loss of QR-DQN on B transitions. Returns the loss and the metrics to log."""
     rows = torch.arange(len(actions), device=actions.device)
     with torch.no_grad():
         next_quantiles = target.quantiles(next_obs)

@@ -228,7 +228,7 @@ def update_target(target: nn.Module, online: nn.Module, tau: float) -> None:
 def soft_values(q_values: Tensor, logprobs: Tensor, alpha: Tensor) -> Tensor:
     """V(s) = sum_a pi(a|s) (mean_i Q_i(s, a) - alpha log pi(a|s)): (2, B, A), (B, A), () -> (B,).
 
-    SAC-D eq. 10 with the mean of the critics in place of the minimum.
+    SAC-D with the mean of the critics in place of the minimum.
     """
     return (logprobs.exp() * (q_values.mean(0) - alpha * logprobs)).sum(-1)
 
@@ -236,8 +236,8 @@ def soft_values(q_values: Tensor, logprobs: Tensor, alpha: Tensor) -> Tensor:
 def sac_loss(agent, target, args, target_entropy, obs, actions, rewards, next_obs, terminations) -> tuple[Tensor, dict]:
     """The losses of critics, actor, and temperature on B transitions, summed. Returns the sum and the metrics to log.
 
-    Each reaches its own parameters only: the critics regress on the soft TD target, the actor maximizes the soft value
-    (SAC-D eq. 12), and the temperature rises where the entropy is below its target (eq. 11, on log alpha).
+    Each reaches its own parameters only: the critics regress on the soft TD target, the actor maximizes the soft
+    value, and the temperature rises where the entropy is below its target (SAC-D, but on log alpha).
     """
     alpha = agent.log_alpha.exp().detach()
     with torch.no_grad():
@@ -260,7 +260,7 @@ def sac_loss(agent, target, args, target_entropy, obs, actions, rewards, next_ob
 
 
 def train(args: Args) -> None:
-    """SAC-D, algorithm 1, with N environments in parallel."""
+    """SAC-D with N environments in parallel."""
     N, device = args.num_envs, args.device
     envs, obs = start_envs(args, "train", 0, N)  # seeds everything
     num_actions = int(envs.single_action_space.n)

@@ -263,7 +263,7 @@ def tanh_logprob(u: Tensor, noise: Tensor, log_std: Tensor) -> Tensor:
 
 
 def truncate(quantiles: Tensor, drop_per_net: int) -> Tensor:
-    """The pooled quantiles of all critics without the d * C largest, TQC sec. 3: (C, B, M) -> (B, C * (M - d))."""
+    """The pooled quantiles of all critics without the d * C largest: (C, B, M) -> (B, C * (M - d))."""
     pool = quantiles.transpose(0, 1).flatten(1).sort(-1).values
     return pool[:, : pool.shape[1] - drop_per_net * len(quantiles)]
 
@@ -280,7 +280,7 @@ def quantile_huber_loss(quantiles: Tensor, targets: Tensor, kappa: float) -> Ten
 
 
 def critic_loss(agent, target, args, noise, obs, actions, rewards, next_obs, terminations) -> tuple[Tensor, dict]:
-    """TQC's critic loss (sec. 3), summed over the critics, on B transitions. Returns the loss and the metrics to log.
+    """TQC's critic loss, summed over the critics, on B transitions. Returns the loss and the metrics to log.
 
     The targets are r + gamma (z - alpha log pi(a'|s')), a' ~ pi(.|s'), for each quantile z of the truncated pool.
     The noise (B, A) of a' is an argument so that the loss depends on its inputs alone, compiled or not.
@@ -297,7 +297,7 @@ def critic_loss(agent, target, args, noise, obs, actions, rewards, next_obs, ter
 
 
 def actor_loss(agent, noise, obs) -> tuple[Tensor, Tensor, dict]:
-    """TQC's actor loss (sec. 3): alpha log pi(a|s) - the mean of all quantiles. Returns loss, entropy, metrics."""
+    """TQC's actor loss: alpha log pi(a|s) - the mean of all quantiles. Returns loss, entropy, metrics."""
     actions, logprobs = agent.action_and_logprob(obs, noise)
     alpha, entropy = agent.log_alpha.exp().detach(), -logprobs.detach().mean()
     loss = (alpha * logprobs).mean() - agent.critics(obs, actions).mean()
@@ -310,7 +310,7 @@ def alpha_loss(agent, entropy: Tensor, target_entropy: float) -> Tensor:
 
 
 def train(args: Args) -> None:
-    """TQC, algorithm 1, with N environments in parallel."""
+    """TQC with N environments in parallel."""
     N, device = args.num_envs, args.device
     envs, obs = start_envs(args, "train", 0, N)  # seeds everything
     agent = Agent(envs, args).to(device)
