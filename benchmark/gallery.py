@@ -17,7 +17,7 @@ from benchmark import results, runs, suites
 
 FIRST = "HalfCheetah-v5 LunarLander-v3 Ant-v5 BipedalWalker-v3 Walker2d-v5 MountainCar-v0 Hopper-v5 CartPole-v1".split()
 CAMERA = "--env-kwargs camera_name track width 360 height 240".split()  # Gymnasium 1.4's own one does not follow
-FRAMES, FPS, LARGEST, TOTAL = 60, 10, 150_000, 4_000_000  # of a video; bytes of a file, and of all files
+FRAMES, FPS, LARGEST = 60, 10, 150_000  # of a video; bytes of its file
 TRIES = (240, 75), (240, 50), (240, 25), (240, 10), (200, 10), (120, 10), (60, 0)  # width, quality; until it fits
 
 
@@ -45,8 +45,8 @@ def record(folder: Path, script: str, seed: int) -> list:
     return [Image.fromarray(x) for x in islice(imageio.imiter(path, plugin="FFMPEG", fps=FPS), FRAMES)]
 
 
-def save(frames: list, path: Path, tries: tuple) -> None:
-    for width, quality in tries:
+def save(frames: list, path: Path) -> None:
+    for width, quality in TRIES:
         first, *rest = (frame.resize((width, width * frame.height // frame.width)) for frame in frames)
         first.save(path, save_all=True, append_images=rest, duration=1000 // FPS, loop=0, quality=quality)
         if path.stat().st_size <= LARGEST:
@@ -60,15 +60,12 @@ def main(runs_dir: Path = runs.RUNS, out: Path = runs.ROOT / "docs" / "videos") 
     found = choose(table.loc[[run in wanted for run in zip(table["env"], table["script"], table["steps"])]])
     out.mkdir(exist_ok=True)
     old = pd.read_csv(out / "videos.csv") if (out / "videos.csv").exists() else found[:0]
-    for start in range(len(TRIES)):
-        for run in found.itertuples():
-            try:
-                save(record(run.folder, run.script, run.seed), out / f"{run.name}.webp", TRIES[start:])
-            except results.DAMAGE as error:
-                found = found.drop(run.Index)
-                print(f"left out: {run.folder}: {error}", file=sys.stderr)
-        if sum(path.stat().st_size for path in out.glob("*.webp")) <= TOTAL:
-            break
+    for run in found.itertuples():
+        try:
+            save(record(run.folder, run.script, run.seed), out / f"{run.name}.webp")
+        except results.DAMAGE as error:
+            found = found.drop(run.Index)
+            print(f"left out: {run.folder}: {error}", file=sys.stderr)
     table = pd.concat([found, old]).drop_duplicates("name").sort_values(["rank", "name"])
     results.write(table[["name", "rank", *results.KEY, "eval_mean"]], out / "videos.csv", index=False)
 

@@ -1,7 +1,6 @@
 """Train with CleanRL or Stable-Baselines3 for speed.py, with the Python that has them. The job is JSON:
 
     python peer.py '{"script": ".../cleanrl/ppo.py", "env_ids": ["CartPole-v1"], "flags": ["--seed", "1"], ...}'
-    python peer.py '{"algorithm": "stable_baselines3.PPO", "env_ids": ["CartPole-v1"], "arguments": {...}, ...}'
 
 Prints environment and versions as JSON, then "SPS: n"; CleanRL's scripts print that after each rollout or so.
 """

@@ -1,11 +1,8 @@
 """Run what is missing of a suite, and only that. Start it as often as you like: it resumes where it was.
 
     python benchmark/run.py classic                        # as many runs side by side as there are cores or GPUs
-    python benchmark/run.py classic box2d --jobs 4         # several suites, four runs at a time
     python benchmark/run.py classic --only 'CartPole*' --seeds 3 --dry-run      # print the commands instead
-    python benchmark/run.py mujoco --only ppo_continuous HalfCheetah-v5__sac_continuous --seeds 1,4-6
     python benchmark/run.py mujoco --status                # from another shell: how the runs stand
-    python benchmark/run.py atari --runs-per-gpu 3 --threads 4         # three runs on each GPU that is visible
     python benchmark/run.py mujoco --backend dstack --jobs 20          # on rented machines, see docs/cloud.md
 
 A suite is a TOML file (suites.py). Its runs are in runs/{suite}/{env}__{script}__{seed}, with a log beside each. Seed 1

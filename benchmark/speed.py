@@ -1,6 +1,5 @@
 """Steps per second of a script, alone or beside CleanRL or Stable-Baselines3 at equal work.
 
-    python benchmark/speed.py algos/ppo.py --total-timesteps 100000
     python benchmark/speed.py algos/ppo.py --peer cleanrl --peer-path CHECKOUT --peer-python VENV/bin/python
     python benchmark/speed.py algos/ppo.py --peer sb3 --peer-python VENV/bin/python --threads 1 --save
     python benchmark/speed.py algos/ppo_atari.py --peer sb3 --peer-python VENV/bin/python -- --no-bf16   # flags of ours
@@ -109,11 +108,6 @@ def measure_peer(args: Args, preset: dict, seed: int, steps: int) -> tuple[float
     return sps * (1 - preset["flags"].get("learning_starts", 0) / steps), about
 
 
-def save(row: dict) -> None:
-    rows = [pd.read_csv(SAVED, keep_default_na=False)] if SAVED.exists() else []
-    pd.concat([*rows, pd.DataFrame([row])], ignore_index=True).to_csv(SAVED, index=False, float_format="%.5g")
-
-
 def main() -> None:
     at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     args, extra = tyro.cli(Args, description=__doc__, args=sys.argv[1:at]), sys.argv[at + 1 :]
@@ -124,10 +118,8 @@ def main() -> None:
         fail("--repeats must be at least 1, --threads and --total-timesteps at least 0")
     if preset is None and (args.peer or not args.total_timesteps):
         fail(f"only {', '.join(PRESETS)} have a preset; another script runs alone, with --total-timesteps")
-    if args.peer == "cleanrl" and "cleanrl" not in preset:
-        fail(f"CleanRL has no {args.script.stem}")
-    if args.peer == "cleanrl" and not (args.peer_path / "cleanrl" / preset["cleanrl"]).is_file():
-        fail(f"--peer-path {args.peer_path} has no cleanrl/{preset['cleanrl']}")
+    if args.peer == "cleanrl" and not (args.peer_path / "cleanrl" / preset.get("cleanrl", "none")).is_file():
+        fail(f"--peer-path {args.peer_path} has no {preset.get('cleanrl', 'counterpart')} in cleanrl/")
     if args.save and not args.peer:
         fail("--save needs a --peer")
     rollout = preset["flags"]["num_envs"] * preset["flags"].get("num_steps", 1) if args.peer else 1
@@ -158,7 +150,9 @@ def main() -> None:
         row |= {"version": version, "threads": about["threads"], "steps": steps}
         row |= {"pairs": args.repeats, "flags": " ".join(extra), "ours": np.median(ours), "theirs": np.median(theirs)}
         row |= {"ratio": middle, "ratio_min": low, "ratio_max": high, "cpu": about["cpu"], "gpu": about["gpu"]}
-        save(row | {"commit": about["commit"], "date": time.strftime("%Y-%m-%d")})
+        row |= {"commit": about["commit"], "date": time.strftime("%Y-%m-%d")}
+        rows = [pd.read_csv(SAVED, keep_default_na=False)] if SAVED.exists() else []
+        pd.concat([*rows, pd.DataFrame([row])], ignore_index=True).to_csv(SAVED, index=False, float_format="%.5g")
 
 
 if __name__ == "__main__":

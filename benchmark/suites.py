@@ -7,7 +7,7 @@ A suite is a TOML file, in benchmark/suites/ or elsewhere. An entry is a script 
 
     [[entry]]
     script = "ppo"              # algos/ppo.py; or the path of a script, relative to this file: "../my_ppo.py"
-    env = "CartPole-v1"
+    env = "CartPole-v1"         # or a pattern, "ALE/*": all environments of the entries above that fit it
     steps = 200_000
     flags = { learning-rate = 1e-3, clip-vloss = false, env-kwargs = { gravity = -5.0 } }       # optional
     target = 475.0              # optional: what the mean of final_return over the seeds should reach
@@ -119,6 +119,17 @@ def read_toml(path: Path) -> dict:
         raise SuiteError(f"cannot read {path}: {error}") from None
 
 
+def expand(rows: list[dict]) -> list[dict]:
+    """An entry whose environment is a pattern becomes one for each of the environments above it that fit."""
+    found, envs = [], {}
+    for row in rows:
+        name = str(row.get("env"))
+        fitting = [env for env in envs if "*" in name and fnmatchcase(env, name)]
+        found += [row | {"env": env} for env in fitting] or [row]
+        envs[name] = True
+    return found
+
+
 def suite_names() -> list[str]:
     return sorted(path.stem for path in SUITES.glob("*.toml"))
 
@@ -133,10 +144,12 @@ def load(name_or_path: str | Path) -> Suite:
     content = read_toml(path)
     check_keys(content, TOP, ("entry",), f"suite {path.stem}")
     entries: dict[str, Entry] = {}
-    for number, row in enumerate(content["entry"], 1):
+    for number, row in enumerate(expand(content["entry"]), 1):
         row = {key: content[key] for key in COMMON & content.keys()} | row
         where = f"suite {path.stem}, entry {number} ({row.get('script')}, {row.get('env')})"
         check_keys(row, KINDS, REQUIRED, where)
+        if "*" in row["env"]:
+            raise SuiteError(f"{where}: no environment of the entries above fits the pattern")
         script, known = find_script(row["script"], path.parent, where)
         flags = check_flags(row.get("flags", {}), known, script.name, where)
         entry = Entry(**row | {"script": script, "flags": flags})

@@ -183,10 +183,19 @@ def test_a_suite_is_read(tmp_path):
         assert [entry.fits((pattern,)) for entry in suite.entries] == fits
 
 
+def test_an_environment_may_be_a_pattern(tmp_path):
+    fake_script(tmp_path), fake_script(tmp_path, "other")
+    more = '[[entry]]\nscript = "other.py"\nenv = "ALE/*"\nsteps = 5\n'
+    (tmp_path / "toys.toml").write_text(SUITE + more.replace("other", "fake").replace("/*", "/Gone-v5") + more)
+    found = [(entry.script.stem, entry.env, entry.steps) for entry in suites.load(tmp_path / "toys.toml").entries]
+    assert found[2:] == [("fake", "ALE/Gone-v5", 5), ("other", "ALE/Fake-v5", 5), ("other", "ALE/Gone-v5", 5)]
+
+
 @pytest.mark.parametrize(
     "old, new, named",
     [
         ("steps = 2000", "", "steps"),
+        ('"ALE/Fake-v5"', '"Fake-v2*"', "pattern"),
         ("steps = 2000", "steps = 0", "steps"),
         ("seeds = 2", 'seeds = "two"', "seeds"),
         ("target = 3", "targett = 3", "targett"),
