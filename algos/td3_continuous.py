@@ -76,7 +76,7 @@ class Args:
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # update rate of the target networks
     exploration_noise: float = 0.1  # standard deviation of the noise on actions in [-1, 1]
-    policy_frequency: int = 2  # updates of the critics for one of the actor and the target networks (d)
+    policy_frequency: int = 2  # updates of the critics for one of the actor and the target networks
     policy_noise: float = 0.2  # standard deviation of the noise on the target's actions
     noise_clip: float = 0.5  # its largest absolute value (c)
     hidden_size: int = 256  # width of the two hidden layers
