@@ -33,12 +33,12 @@ CHART = r"^\| \[`(\w+)\.py`\]\(\1\.py\) \| (.*?) \| (.*?) \|$"  # a row of algos
 METRICS = {  # in reference.csv: our closest column, and its name on the page
     "train_ma_100ckpt": ("slm_score", "SLM-Lab's training average"),
     "train_last100": ("final_return", "last 100 training episodes"),
-    "eval_deterministic": ("eval_mean", "evaluation, greedy"),
-    "eval_stochastic": ("eval_mean", "evaluation, ours greedy, theirs sampled"),
+    "eval_deterministic": ("eval_mean", "evaluation, theirs greedy"),
+    "eval_stochastic": ("eval_mean", "evaluation, theirs sampled"),
 }
 SCORES = ["script", "steps", "seeds", "training return", "worst … best", "evaluation", "target", "minutes"]
 DETAILS = ["script", "median", "steps/s", "machine", "commit"]
-OWN = "*Training return*: mean over runs of the last 100 training episodes [95 % interval]. *Evaluation*: greedy."
+OWN = "*Training return*: mean over runs of the last 100 training episodes [95 % interval]. *Evaluation*: afterwards."
 BELOW = "Below a target or a published score"
 BEGIN, END = "<!-- written by benchmark/report.py -->\n", "<!-- end of what report.py writes -->\n"
 

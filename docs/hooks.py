@@ -129,7 +129,7 @@ def results_of(page, files, stem: str) -> str:
         rows = [report.describe(x) | {"environment": report.environment(x.env)} for x in ran.itertuples()]
         names = ["environment", *(name for name in report.SCORES[1:] if name != "worst … best")]
         lines += [re.sub(r"(?<![|]) (?![|])", "\u00a0", row) for row in report.table(rows, names)]
-        legend = "Training return: last 100 training episodes, mean over seeds [95 % interval]. Evaluation: greedy."
+        legend = "Training return: last 100 training episodes, mean over seeds [95 % interval]. Evaluation: afterwards."
         legend += " †: run with an earlier version of the script." * ("†" in str(rows))
         lines += [f"{legend} [More](/docs/guides/read-the-benchmarks.md)", ""]
         plots = [f"![{x.env}](/docs/plots/{report.plot_name(x.suite, x.env)})" for x in ran.itertuples()]
