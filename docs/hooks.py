@@ -206,7 +206,8 @@ def speed(page, files) -> str:
         row = {"script": f"`{x.script}`" + f" `{x.flags}`" * bool(x.flags), "environment": x.env}
         row |= {"beside": f"{x.peer} {x.version}".strip(), "ours, steps/s": f"{x.ours:,.0f}"}
         row |= {"theirs": f"{x.theirs:,.0f}"}
-        row |= {"ratio [min, max]": f"**{x.ratio:.2f}** [{x.ratio_min:.2f}, {x.ratio_max:.2f}]", "pairs": str(x.pairs)}
+        row |= {"ratio [min, max]": f"**{x.ratio:.2f}** [{x.ratio_min:.2f}, {x.ratio_max:.2f}]"}
+        row |= {"pairs": f"{x.pairs} of {x.steps:,} steps"}
         rows.append(row | {"measured": f"{where}, `{x.commit[:7]}`{x.commit[40:]}"})
     return "\n".join(report.table(rows))
 
