@@ -13,7 +13,8 @@
     uv run dqn_atari.py --evaluate runs/ALE-Breakout-v5__dqn_atari__1__... --video
 
 Papers: Mnih et al. 2015, Nature 518 (DQN); Machado et al. 2018 (sticky actions, arXiv:1709.06009). The defaults are
-those of Dopamine's DQN in JAX (Castro et al. 2018, arXiv:1812.06110), but 10 million steps and four environments.
+those of Dopamine's DQN in JAX (Castro et al. 2018, arXiv:1812.06110), but 10 million steps, four environments, and
+epsilon is annealed from the first step on, not after the random ones.
 
 Details that matter, besides those of dqn.py:
 - Preprocessing by ALE's vector environment, see `make_envs`. A step is 4 frames. Scores are those of whole games,
@@ -120,6 +121,8 @@ class Agent(nn.Module):
             nn.ReLU(),
         ).to(memory_format=torch.channels_last)
         self.q = nn.Linear(512, int(envs.single_action_space.n))
+        for name, weights in self.named_parameters():  # as in Dopamine; Adam's epsilon is too large for smaller ones
+            nn.init.zeros_(weights) if "bias" in name else nn.init.xavier_uniform_(weights)
         self.bf16 = args.bf16
 
     def forward(self, obs: Tensor) -> Tensor:

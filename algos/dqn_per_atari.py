@@ -123,6 +123,8 @@ class Agent(nn.Module):
         ).to(memory_format=torch.channels_last)
         self.q = nn.Linear(512, int(envs.single_action_space.n))
         self.v = nn.Linear(512, 1) if args.dueling else None
+        for name, weights in self.named_parameters():  # as in Dopamine; Adam's epsilon is too large for smaller ones
+            nn.init.zeros_(weights) if "bias" in name else nn.init.xavier_uniform_(weights)
         self.bf16 = args.bf16
 
     def forward(self, obs: Tensor) -> Tensor:
@@ -297,14 +299,11 @@ class Priorities:
         self.oldest = replay.oldest
 
     def sample(self, batch_size: int, beta: float) -> tuple[np.ndarray, np.ndarray]:
-        """Rows (B,), one from each of B equal shares of the total priority (PER section 3.3), and their weights (B,).
-
-        Row i is sampled with probability P_i; the weight (size * P_i)^-beta is divided by the largest of the batch.
-        """
+        """Rows (B,), one from each of B equal shares of the total priority (PER section 3.3), and their weights (B,)."""
         masses = (np.arange(batch_size) + np.random.random(batch_size)) * (self.tree.sums[1] / batch_size)
         rows = self.tree.find(masses)
         priorities = self.tree.sums[self.tree.first_leaf + rows]
-        return rows, ((priorities.min() / priorities) ** beta).astype(np.float32)
+        return rows, ((priorities.min() / priorities) ** beta).astype(np.float32)  # (size P_i)^-beta / their maximum
 
     def update(self, rows: np.ndarray, td_errors: np.ndarray) -> None:
         """Set the priorities of `rows` (B,): (|TD error| + eps)^alpha, PER eq. 1."""

@@ -16,8 +16,8 @@ Papers: Gallici et al. 2025 (PQN, arXiv:2407.04811); Peng and Williams 1996 (Q(l
 (the network); Machado et al. 2018 (sticky actions, arXiv:1709.06009).
 
 Details that matter:
-- Defaults are those of the authors' code, except for 32 games instead of 128, for CPUs, and 10 million steps instead of
-  50; minibatches and gradient steps per environment step are the same. There: no sticky actions, He's initialization.
+- Defaults are those of the authors' code, except for 32 games instead of 128 (minibatches stay the same) and 10 million
+  steps instead of 50. There: no sticky actions, the fire button pressed after each lost life, He's initialization.
 - Layer normalization over the channels of each position, before each ReLU, in place of a target network.
 - Preprocessing by ALE's vector environment, see `make_envs`. A step is 4 frames. Scores are those of whole games,
   unclipped; the learner sees the sign of each reward and, with `--life-loss`, a termination at each lost life.
@@ -271,7 +271,7 @@ def train(args: Args) -> None:
     T, N, device = args.num_steps, args.num_envs, args.device
     envs, current_obs = start_envs(args, "train", 0, N)  # seeds everything
     agent = Agent(envs, args).to(device)
-    optimizer = torch.optim.RAdam(agent.parameters(), lr=args.learning_rate)
+    optimizer = torch.optim.RAdam(agent.parameters(), lr=args.learning_rate, foreach=True)
     loss_fn = torch.compile(pqn_loss) if args.compile else pqn_loss
     obs = torch.zeros((T + 1, N, 4, 84, 84), dtype=torch.uint8, device=device)  # the last one is that after the rollout
     values = torch.zeros((T + 1, N), device=device)  # max_a Q(s, a)

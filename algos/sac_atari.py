@@ -23,7 +23,7 @@ Details that matter, besides those of dqn_atari.py (environments, replay buffer,
 - The critics' targets include the entropy, so values first rise far above the returns; with a smaller `--alpha`, less.
 - The evaluation samples from the policy: a greedy agent can wait forever for a ball that it never serves.
 
-Not included: He's initialization, the entropy penalty and clipped Q-values of Zhou et al., prioritized replay
+Not included: the entropy penalty and clipped Q-values of Zhou et al., prioritized replay
 (dqn_per_atari.py), critics without entropy (arXiv:2509.09838).
 """
 
@@ -124,6 +124,8 @@ class CNN(nn.Module):
             nn.ReLU(),
         ).to(memory_format=torch.channels_last)
         self.head, self.bf16 = nn.Linear(512, outputs), bf16
+        for name, weights in self.named_parameters():  # as CleanRL; Adam's epsilon is too large for smaller ones
+            nn.init.zeros_(weights) if "bias" in name else nn.init.kaiming_normal_(weights)
 
     def forward(self, obs: Tensor) -> Tensor:
         """Bytes (B, 4, 84, 84) -> (B, outputs)."""
