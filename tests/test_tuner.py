@@ -175,6 +175,13 @@ def test_bad_input_is_one_line_and_leaves_nothing(words, house, call):
     assert not (house.path / "studies").exists()
 
 
+def test_the_storage_can_come_from_the_environment(house, call, monkeypatch):
+    """A job on a rented machine has it there, so that no command shows the password."""
+    monkeypatch.setenv("OPTUNA_STORAGE", "nonsense")
+    house.space()
+    assert call(house, "search", "s.toml", code=2).err.startswith("error: --storage: ")
+
+
 def test_a_search_runs_its_trials_and_the_flags_arrive(house, call):
     """The first trial has the script's defaults; of the others every flag arrives as it was sampled."""
     house.space(RANGES, trials=12, fixed={"checkpoint-every": 50})

@@ -41,7 +41,7 @@ from tuner.worker import BAD_INPUT, FAILURES, Worker, first_flags
 @dataclass(kw_only=True)
 class Place:
     studies: Path = RUNS / "tuner"  # folder of the studies' folders
-    storage: str | None = None  # postgresql://user@host/db, a database for the trials; default: a file per study
+    storage: str | None = None  # postgresql://user@host/db, a database; default: $OPTUNA_STORAGE, or a file
 
 
 @dataclass(kw_only=True)

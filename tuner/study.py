@@ -73,8 +73,8 @@ class Locks:
 
 
 def open_storage(url: str | None, folder: Path, create: bool = False) -> BaseStorage:
-    """The PostgreSQL database at `url`; without one, the journal in the study's folder."""
-    if not url:
+    """The PostgreSQL database at `url` or $OPTUNA_STORAGE; without one, the journal in the study's folder."""
+    if not (url := url or os.environ.get("OPTUNA_STORAGE")):
         path = folder / "study.journal"
         if not path.exists() and not create:
             names = ", ".join(sorted(x.parent.name for x in folder.parent.glob("*/study.journal")))
