@@ -5,6 +5,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 from conftest import ROOT, SCRIPTS, TIMEOUT
 
@@ -66,6 +67,15 @@ def test_the_environment_of_the_guide_is_right(tmp_path):
     (tmp_path / "catch.py").write_text(re.search(r"```python\n(.*?)```", page, re.S)[1])
     done = subprocess.run([sys.executable, "catch.py"], cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT)
     assert (done.returncode, done.stdout) == (0, "fine\n"), done.stderr
+
+
+def test_the_score_of_the_guide_is_in_the_results():
+    page = (ROOT / "docs" / "guides" / "reproduce.md").read_text()
+    words = r"algos/(\w+)\.py --env-id (\S+) --total-timesteps (\d+) \\\n +(.*) --seed (\d+)"
+    script, env, steps, flags, seed = re.search(words, page).groups()
+    rows = pd.read_csv(ROOT / "benchmark" / "results" / "runs" / "sparse.csv", dtype=str)
+    known = rows.set_index(["script", "env", "steps", "flags", "seed"])["final_return"]
+    assert f"`final_return` of {known[script, env, steps, flags, seed]}." in page
 
 
 MISTAKES = {
