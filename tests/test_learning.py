@@ -45,8 +45,11 @@ ATARI = [name for name in SCRIPTS if family(name).suffix == "_atari"]
 @pytest.mark.parametrize("anneal_lr", [True, False])
 @pytest.mark.parametrize("script", [name for name in LEARNERS if not is_asynchronous(name)])
 def test_learning_rate_and_gradient_norm(script, anneal_lr, train, monkeypatch):
-    """Five updates: the first has the full learning rate, the last a positive one; no gradient is too long."""
-    rates, norms = [], []
+    """Five updates: the first has the full learning rate, the last a positive one; no gradient is too long.
+
+    The first step of the optimizer moves no weight by more than the learning rate: its averages start without a bias.
+    """
+    rates, norms, moves = [], [], []
 
     def watched(optimizer: type) -> type:
         class Watched(optimizer):
@@ -54,7 +57,9 @@ def test_learning_rate_and_gradient_norm(script, anneal_lr, train, monkeypatch):
                 parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
                 norms.append(torch.nn.utils.get_total_norm([p.grad for p in parameters]).item())
                 rates.extend(group["lr"] for group in self.param_groups)
+                before = [p.detach().clone() for p in parameters]
                 super().step()
+                moves.append(max((p.detach() - old).abs().max().item() for p, old in zip(parameters, before)))
 
         return Watched
 
@@ -72,6 +77,7 @@ def test_learning_rate_and_gradient_norm(script, anneal_lr, train, monkeypatch):
     train(script, anneal_lr=anneal_lr, **flags, **{name: 0.002 for name in ("learning_rate", "policy_lr", "q_lr")})
     expected = [0.002, 0.0016, 0.0012, 0.0008, 0.0004] if anneal_lr else [0.002] * 5
     assert rates == pytest.approx(np.repeat(expected, len(rates) // 5))
+    assert moves[0] <= 0.0021
     if "max_grad_norm" in load(script).Args.__dataclass_fields__:
         assert max(norms) == pytest.approx(1e-3, rel=1e-2)
 
