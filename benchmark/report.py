@@ -116,12 +116,9 @@ def published(entry: suites.Entry, mine: pd.DataFrame, reference: pd.DataFrame) 
         is_below, is_within = ours.mean() < row.score, stats.mean_interval(ours)[1] >= row.score
         spread = f" ± {form(row.spread)} over {'runs' if 'seeds' in row.spread_kind else 'episodes'}"
         steps, count = (whole(x) if x > 0 else "?" for x in (row.steps, row.n_seeds))
-        peer = {
-            "script": f"`{entry.script.stem}`, {whole(entry.steps)} steps",
-            "measure": measure,
-            "ours": with_interval(ours),
-        }
-        peer |= {"published": exact(row.score) + spread * (row.spread_kind != "none"), "by": row.source}
+        peer = {"script": f"`{entry.script.stem}`, {whole(entry.steps)} steps", "measure": measure}
+        peer["ours"], quoted = with_interval(ours), exact(row.score) + spread * (row.spread_kind != "none")
+        peer |= {"published": quoted, "by": row.source}
         peer["ours is"] = "**below**" + ", within our interval" * bool(is_within) if is_below else "at or above"
         peer["their environment, steps, runs"] = f"{row.their_env_id}, {steps}, {count}"
         short = f"{measure} {form(ours.mean())}, {row.source} has {exact(row.score)}"
@@ -162,8 +159,7 @@ def describe(x) -> dict[str, str]:
     row["target"] = "–" if math.isnan(x.target) else exact(x.target)
     if not n:
         return row | {"training return": "no runs yet"}
-    is_old = (found["code"] != runs.code_hash(x.script.read_text())).any()
-    row["seeds"] += "†" if is_old else ""
+    row["seeds"] += "†" * int((found["code"] != runs.code_hash(x.script.read_text())).any())
     row["training return"] = f"**{form(x.finals.mean())}**" + between(stats.mean_interval(x.finals))
     row["worst … best"] = f"{form(x.finals.min())} … {form(x.finals.max())}"
     row["evaluation"] = with_interval(found["eval_mean"].dropna().to_numpy(float))
@@ -204,12 +200,13 @@ def aggregate_section(of: pd.DataFrame, scores: dict[str, dict[str, np.ndarray]]
 
 
 def suite_section(title: str, of: pd.DataFrame, scores: dict[str, dict[str, np.ndarray]]) -> list[str]:
-    lines, waiting = [f"## {title}", "", of["protocol"].iloc[0], "", *aggregate_section(of, scores)], []
-    for env, cells in of.groupby("env", sort=False):
-        lines += environment_section(env, cells) if cells["ran"].any() else []
-        waiting += [] if cells["ran"].any() else [f"`{label}` on {env}" for label in cells["label"]]
-    summary = f"No runs yet: {len(waiting)} of {len(of)} entries"
-    return lines + (fold(summary, ", ".join(waiting), "") if waiting else [])
+    lines = [f"## {title}", "", of["protocol"].iloc[0], "", *aggregate_section(of, scores)]
+    has_runs = of["env"].isin(of["env"][of["ran"]])
+    for env, cells in of[has_runs].groupby("env", sort=False):
+        lines += environment_section(env, cells)
+    waiting = of[~has_runs].groupby("label", sort=False)["env"].agg(some)
+    named = "; ".join(f"`{label}` on {envs}" for label, envs in waiting.items())
+    return lines + [f"No runs yet: {named}.", ""] * bool(named)
 
 
 def summary(cells: pd.DataFrame) -> list[str]:
@@ -240,6 +237,11 @@ def missed_targets(cells: pd.DataFrame) -> list[str]:
 def anchor(title: str) -> str:
     """As GitHub makes them."""
     return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+def some(names: pd.Series) -> str:
+    names = list(names.unique())
+    return ", ".join(names if len(names) < 6 else [*names[:3], f"and {len(names) - 3} more"])
 
 
 def environment(env: str) -> str:
@@ -290,12 +292,10 @@ def generate(args: Args) -> tuple[pd.DataFrame, str, dict[str, partial]]:
     reference = pd.read_csv(results.REFERENCE)
     cells = read_own(args) if args.folder else read_suites(args, reference)
     if cells.empty:
-        where = f"in or below {args.folder}" if args.folder else "that --suites and --only leave"
-        runs.fail(f"nothing to report: no finished runs {where}")
+        runs.fail("nothing to report: no finished runs in this folder, or none that --suites and --only leave")
     styles, figures = list(cells["algo"].unique()), {}
-    lines = (
-        ["# Runs", "", OWN, ""] if args.folder else [Path(__file__).with_name("page.md").read_text(), *summary(cells)]
-    )
+    page = Path(__file__).with_name("page.md").read_text()
+    lines = ["# Runs", "", OWN, ""] if args.folder else [page, *summary(cells)]
     for title, of in cells.groupby("title", sort=False):
         lines += suite_section(title, of, normalized(of, reference))
         for env, those in of[of["ran"]].groupby("env", sort=False):

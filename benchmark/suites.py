@@ -124,9 +124,9 @@ def expand(rows: list[dict]) -> list[dict]:
     found, envs = [], {}
     for row in rows:
         name = str(row.get("env"))
-        fitting = [env for env in envs if "*" in name and fnmatchcase(env, name)]
-        found += [row | {"env": env} for env in fitting] or [row]
-        envs[name] = True
+        if "*" not in name:
+            envs[name] = True
+        found += [row | {"env": env} for env in envs if fnmatchcase(env, name)] or [row]
     return found
 
 

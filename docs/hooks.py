@@ -137,7 +137,7 @@ def results_of(page, files, stem: str) -> str:
         lines += report.fold("The commands", "```sh", *(f"uv run {x.command}" for x in ran.itertuples()), "```", "")
         missed = [line.replace("](", "](/docs/") for line in report.missed_targets(ran)[2:]]
         lines += [f"{report.BELOW}:", "", *missed, ""] if missed else []
-    if waiting := ", ".join(mine["env"][~mine["ran"]].unique()) or "in no suite" * ran.empty:
+    if waiting := report.some(mine["env"][~mine["ran"]]) or "in no suite" * ran.empty:
         lines.append(f"Not run yet: {waiting}.")
     return "\n".join([*lines, ""])
 

@@ -186,9 +186,11 @@ def test_a_suite_is_read(tmp_path):
 def test_an_environment_may_be_a_pattern(tmp_path):
     fake_script(tmp_path), fake_script(tmp_path, "other")
     more = '[[entry]]\nscript = "other.py"\nenv = "ALE/*"\nsteps = 5\n'
-    (tmp_path / "toys.toml").write_text(SUITE + more.replace("other", "fake").replace("/*", "/Gone-v5") + more)
+    third = more.replace("other", fake_script(tmp_path, "third").stem)
+    (tmp_path / "toys.toml").write_text(SUITE + more.replace("other", "fake").replace("/*", "/Gone-v5") + more + third)
     found = [(entry.script.stem, entry.env, entry.steps) for entry in suites.load(tmp_path / "toys.toml").entries]
-    assert found[2:] == [("fake", "ALE/Gone-v5", 5), ("other", "ALE/Fake-v5", 5), ("other", "ALE/Gone-v5", 5)]
+    added = [(script, f"ALE/{name}-v5", 5) for script in ("other", "third") for name in ("Fake", "Gone")]
+    assert found[2:] == [("fake", "ALE/Gone-v5", 5), *added]
 
 
 @pytest.mark.parametrize(
