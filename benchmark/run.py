@@ -67,17 +67,17 @@ def make_jobs(args: Args) -> list[Job]:
 
 def dry_run(jobs: list[Job], args: Args) -> None:
     """The commands that would be started, as they can be pasted into a shell."""
-    count = 0
+    steps = []
     for job in jobs:
         if job.state == "waiting" or job.state == "stale" and args.rerun_stale:
             command, in_the_way = job.command(args.threads, args.device)
             if in_the_way:
                 print(f"# moved aside first: {shown(job.spec.folder)}")
             print(shlex.join(command))
-            count += 1
+            steps.append(job.spec.flags["total_timesteps"])
         elif job.state in ("stale", "elsewhere"):
             print(f"# {job.state}: {job.name} {job.note}".rstrip())
-    print(f"# {count} to run, {sum(job.state == 'done' for job in jobs)} done")
+    print(f"# {len(steps)} to run ({sum(steps):,} steps), {sum(job.state == 'done' for job in jobs)} done")
 
 
 def main() -> None:

@@ -86,7 +86,9 @@ def test_seed_1_of_every_entry_comes_first(house):
 
 def test_dry_run_prints_commands_that_work_and_starts_nothing(house):
     house.suite({"norm-adv": False}, seeds=1)
-    (line,) = [line for line in house.run("--dry-run").stdout.splitlines() if not line.startswith("#")]
+    line, summary = house.run("--dry-run").stdout.splitlines()
+    steps = int(re.search(r"--total-timesteps (\d+)", line)[1])
+    assert summary.startswith("# 1 to run") and f"{steps:,} steps" in summary
     assert not (house.path / "runs").exists()
     subprocess.run(line, shell=True, cwd=house.path, check=True)
     house.run()
