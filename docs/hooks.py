@@ -47,6 +47,7 @@ DIRECTIVE, FENCE = re.compile(r"\{\{ *(\w+)(.*?)\}\}"), re.compile(r"(^ *```.*?^
 NUMBERED = re.compile(
     r'<span id="__span-([-\d]+)"><a id="[^"]*" name="[^"]*"></a><a href="[^"]*">(<span class="linenos".*?></span>)</a>'
 )
+THOUSANDS = re.compile(r"(?<=\d) (?=\d{3}\b)")  # a number is not broken
 LINK = re.compile(r"(?<=\])\(([^()\s:#]+)(#[^()\s]*)?\)")  # not to other sites, nor within the page
 
 
@@ -128,7 +129,7 @@ def results_of(page, files, stem: str) -> str:
     if not ran.empty:
         rows = [report.describe(x) | {"environment": report.environment(x.env)} for x in ran.itertuples()]
         names = ["environment", *(name for name in report.SCORES[1:] if name != "worst … best")]
-        lines += [re.sub(r"(?<![|]) (?![|])", "\u00a0", row) for row in report.table(rows, names)]
+        lines += [re.sub(r"(?<![|]) (?![|[])", "\u00a0", row) for row in report.table(rows, names)]
         legend = "Training return: last 100 training episodes, mean over seeds [95 % interval]. Evaluation: afterwards."
         legend += " †: run with an earlier version of the script." * ("†" in str(rows))
         lines += [f"{legend} [More](/docs/guides/read-the-benchmarks.md)", ""]
@@ -324,7 +325,7 @@ def on_page_markdown(markdown, page, config, files):
 
     if uri.startswith("source/") and not uri.endswith(".md.md"):
         return markdown
-    for pattern, change in ((DIRECTIVE, expand), (LINK, relink)):
+    for pattern, change in ((DIRECTIVE, expand), (LINK, relink), (THOUSANDS, "\u00a0")):
         parts = FENCE.split(markdown)
         parts[::2] = [pattern.sub(change, part) for part in parts[::2]]
         markdown = "".join(parts)
