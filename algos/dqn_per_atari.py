@@ -299,7 +299,7 @@ class Priorities:
         self.oldest = replay.oldest
 
     def sample(self, batch_size: int, beta: float) -> tuple[np.ndarray, np.ndarray]:
-        """Rows (B,), one from each of B equal shares of the total priority (PER section 3.3), and their weights (B,)."""
+        """Rows (B,), one from each of B equal shares of the total priority (PER section 3.3), and weights (B,)."""
         masses = (np.arange(batch_size) + np.random.random(batch_size)) * (self.tree.sums[1] / batch_size)
         rows = self.tree.find(masses)
         priorities = self.tree.sums[self.tree.first_leaf + rows]
@@ -588,7 +588,7 @@ def main() -> None:
         script, files = Path(__file__), set(os.listdir(folder)) if os.path.isdir(folder) else set()
         needed = {script.name, "args.json", "agent.safetensors" if args.evaluate else "args.json"}
         if needed - files or args.resume and (args.evaluate or "result.json" in files):
-            fail(f"{folder} is not {'an unfinished' if args.resume else 'a finished'} run of {script.name}")
+            fail(f"{folder} is no {'un' * bool(args.resume)}finished run of {script.name}: {sorted(files) or 'empty'}")
         if args.resume and Path(folder, script.name).read_bytes() != script.read_bytes():
             fail(f"{script.name} has changed since: resume with the copy in the folder, {folder}/{script.name}")
         saved = json.loads(Path(folder, "args.json").read_text())["args"] | {"run_dir": folder, "resume": args.resume}

@@ -569,7 +569,7 @@ def main() -> None:
         script, files = Path(__file__), set(os.listdir(folder)) if os.path.isdir(folder) else set()
         needed = {script.name, "args.json", "agent.safetensors" if args.evaluate else "args.json"}
         if needed - files or args.resume and (args.evaluate or "result.json" in files):
-            fail(f"{folder} is not {'an unfinished' if args.resume else 'a finished'} run of {script.name}")
+            fail(f"{folder} is no {'un' * bool(args.resume)}finished run of {script.name}: {sorted(files) or 'empty'}")
         if args.resume and Path(folder, script.name).read_bytes() != script.read_bytes():
             fail(f"{script.name} has changed since: resume with the copy in the folder, {folder}/{script.name}")
         saved = json.loads(Path(folder, "args.json").read_text())["args"] | {"run_dir": folder, "resume": args.resume}
