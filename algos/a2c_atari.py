@@ -16,8 +16,8 @@ Papers: Mnih et al. 2016 (A3C, arXiv:1602.01783); Schulman et al. 2016 (GAE, arX
 518 (the network); Machado et al. 2018 (sticky actions, arXiv:1709.06009).
 
 Details that matter:
-- Defaults are SLM-Lab's (GAE, normalized advantages, RMSProp), but the learning rate is annealed, as in the paper.
-- RMSProp's mean of squared gradients starts at 1, as in TensorFlow: from 0, the first steps wreck the network.
+- Defaults are SLM-Lab's (GAE, normalized advantages), but the learning rate is annealed, as in the paper.
+- Adam without momentum is the paper's RMSProp with a corrected bias: without it, the first steps wreck the network.
 - Preprocessing by ALE's vector environment, see `make_envs`. A step is 4 frames. Scores are those of whole games,
   unclipped; the learner sees the sign of each reward and, with `--life-loss`, a termination at each lost life.
 - A truncated game bootstraps from the value of its final observation; a terminated one does not bootstrap.
@@ -66,7 +66,7 @@ class Args:
     # The algorithm
     num_envs: int = 16  # parallel environments (N)
     num_steps: int = 32  # steps per environment and rollout (T), so per gradient step
-    learning_rate: float = 7e-4  # initial learning rate of RMSProp
+    learning_rate: float = 7e-4  # initial learning rate of Adam
     anneal_lr: bool = True  # anneal the learning rate linearly to 0
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.95  # lambda of generalized advantage estimation; 1: n-step returns, 0: one-step returns
@@ -267,9 +267,7 @@ def train(args: Args) -> None:
     T, N, device = args.num_steps, args.num_envs, args.device
     envs, current_obs = start_envs(args, "train", 0, N)  # seeds everything
     agent = Agent(envs, args).to(device)
-    optimizer = torch.optim.RMSprop(agent.parameters(), lr=args.learning_rate, alpha=0.99, eps=1e-5)
-    for weights in agent.parameters():  # as in TensorFlow; from PyTorch's 0 the first steps are ten times as long
-        optimizer.state[weights] = {"step": torch.zeros(()), "square_avg": torch.ones_like(weights)}
+    optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, betas=(0.0, 0.99), eps=1e-5, fused=True)
     loss_fn = torch.compile(a2c_loss) if args.compile else a2c_loss
     obs = torch.zeros((T + 1, N, 4, 84, 84), dtype=torch.uint8, device=device)  # the last one is that after the rollout
     actions = torch.zeros((T, N), dtype=torch.int64, device=device)
