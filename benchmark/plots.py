@@ -80,5 +80,5 @@ def learning_curves(title: str, lines: list[tuple]) -> bytes:
         file = io.BytesIO()
         figure = draw(title, [(*line[:3], *map(tidy, line[3:])) for line in lines])
         figure.savefig(file, format="svg", metadata={"Date": None})
-    svg = re.sub(rb"(\d\.\d\d)\d+", rb"\1", file.getvalue())  # hundredths of a point are enough
+    svg = re.sub(rb"(\d\.\d\d)\d+", rb"\1", file.getvalue()).replace(b"\nL ", b" L ")  # hundredths, a path in a line
     return b"\n".join(line.rstrip() for line in svg.split(b"\n"))
