@@ -202,7 +202,8 @@ def best(page, files) -> str:
 
 def speed(page, files) -> str:
     rows, saved = [], pd.read_csv(speed_of_scripts.SAVED, keep_default_na=False)
-    for x in saved.drop_duplicates(["script", "peer", "device", "flags"], keep="last").itertuples():
+    last = saved.drop_duplicates(["script", "peer", "device", "flags"], keep="last")
+    for x in last.sort_values(["script", "peer", "flags"]).itertuples():
         where = f"{x.gpu if x.device == 'cuda' else x.cpu}, {x.threads} thread{'s' * (x.threads > 1)}"
         row = {"script": f"`{x.script}`" + f" `{x.flags}`" * bool(x.flags), "environment": x.env}
         row |= {"beside": f"{x.peer} {x.version}".strip(), "ours, steps/s": f"{x.ours:,.0f}"}
