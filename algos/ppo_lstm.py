@@ -347,6 +347,7 @@ def start_envs(args: Args, stream: str, step: int, num_envs: int, old_envs=None,
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: PyTorch finds no GPU")
     torch.set_num_threads(args.torch_threads or torch.get_num_threads())
+    torch.set_float32_matmul_precision(getattr(args, "matmul_precision", "highest"))
     close(old_envs)
     envs = make_envs(args, num_envs, render)
     seed = int(np.random.SeedSequence([args.seed, step, *stream.encode()]).generate_state(1)[0]) >> 1
@@ -361,8 +362,7 @@ def start_envs(args: Args, stream: str, step: int, num_envs: int, old_envs=None,
 
 
 def write_atomically(path: Path, write) -> None:  # a crash leaves the old file or the new one
-    temporary = path.with_name("." + path.name)
-    write(temporary)
+    write(temporary := path.with_name("." + path.name))
     temporary.replace(path)
 
 
