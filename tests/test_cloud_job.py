@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from loopback_hub import Loopback, begin, call_main, connect, files_in, spec, starts
-from tools import FAKE, ROOT, fake_script, until
+from tools import FAKE, ROOT, fake_script, lives, until
 
 from benchmark.runs import read_args, read_json
 from cloud import hub, job
@@ -62,13 +62,6 @@ def start(path: Path, *command, name: str = NAME, flags=()) -> subprocess.Popen:
     return subprocess.Popen(words, cwd=path)
 
 
-def is_gone(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
-    except OSError:
-        return True
-
-
 def test_a_job_killed_twice_ends_as_if_nothing_had_happened(there, work):
     state, result = there.bucket(DEV) / NAME, there.repository(DEV) / NAME
     for step in (300, 600):
@@ -76,7 +69,7 @@ def test_a_job_killed_twice_ends_as_if_nothing_had_happened(there, work):
         until(lambda step=step: read_json(state / "checkpoint.pt").get("step", 0) >= step)
         process.kill()
         process.wait()
-        until(lambda: is_gone(starts(state)[-1][1]))
+        until(lambda: not lives(starts(state)[-1][1]))
     assert start(machine(there), "fake.py", *FLAGS, "--pause", "0.1").wait() == 0
     begun = [step for step, _ in starts(result)]
     assert len(begun) == 3 and begun[0] == 0 and begun[1] >= 300 and begun[2] >= 600

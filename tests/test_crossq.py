@@ -107,8 +107,6 @@ def test_policy_delay_and_statistics_of_a_run(N, utd, policy_delay, train, spy):
     first, last = 32 // N * N * utd, 120 * utd
     delayed = last // policy_delay - first // policy_delay
     assert [len(critic), len(actor), len(alpha)] == [last - first, delayed, delayed]
-    noise = torch.cat([bound["noise"] for bound, _ in critic + actor])
-    assert len(noise.unique()) == noise.numel() and abs(noise.std() - 1) < 0.2
     saved, agent = saved_agent(SCRIPT, folder)[0], logs[-1][0]["self"].parts["agent"]
     torch.testing.assert_close([*saved.buffers()], [*agent.buffers()], rtol=0, atol=0)
     for net, count in (agent.critics.qf1, len(critic)), (agent.critics.qf2, len(critic)), (agent.actor, len(actor)):

@@ -1,6 +1,6 @@
-"""DQN on Atari: the frame buffer against a naive one, n-step windows against their definition, what a run learns from.
+"""DQN and SAC on Atari: the frame buffer against a naive one, n-step windows against their definition, what a run does.
 
-Functions whose text is that of the vector scripts are tested in test_dqn.py; of those that several scripts share, one.
+Functions whose text is that of the vector scripts are tested there; of those that several scripts share, one.
 """
 
 import numpy as np
@@ -12,8 +12,9 @@ from test_dqn import fits, is_share, through_a_file
 from test_ppo import inputs
 
 LOSSES = {"dqn_atari": "dqn_loss", "dqn_per_atari": "double_dqn_loss", "rainbow_atari": "rainbow_loss"}
-FRAMES, PER, DQN = having("FrameBuffer"), having("n_step_windows"), list(LOSSES)
-dqn, per, _ = map(load, DQN)
+PER, DQN = having("n_step_windows"), list(LOSSES)
+LOSSES["sac_atari"] = "sac_loss"  # the loss itself: test_sac.py
+dqn, per, _, sac = map(load, LOSSES)
 
 
 class World:
@@ -98,11 +99,8 @@ def test_frames_against_a_naive_buffer(N, done, restart, tmp_path, rng):
 @pytest.mark.parametrize("done, restart", [(0.0, 0.0), (0.15, 0.1), (1.0, 0.0)])
 def test_windows_equal_their_definition(n_step, done, restart, rng):
     """They stop at terminations, ends of games, restarts, and the newest transition; gamma 0.5 keeps the sums exact."""
-    args, world = (
-        make_args("dqn_per_atari", n_step=n_step, gamma=0.5),
-        World(per.FrameBuffer(60, 3), rng, done, restart),
-    )
-    lengths = set()
+    args, lengths = make_args("dqn_per_atari", n_step=n_step, gamma=0.5), set()
+    world = World(per.FrameBuffer(60, 3), rng, done, restart)
     for _ in range(70):
         k, windows = world.step(), []
         obs, actions, returns, discounts, next_obs, terminations = per.n_step_windows(world.replay, args, k % 60)
@@ -150,6 +148,10 @@ def test_priorities_are_of_what_can_be_sampled(tmp_path, rng):
         if step % 9 == 0:
             saved, priorities = through_a_file(priorities, tmp_path / "state"), per.Priorities(args, 60)
             priorities.load_state_dict(saved)
+    p = priorities.tree.sums[priorities.tree.first_leaf :][:60] / priorities.tree.sums[1]
+    rows, weights = priorities.sample(20_000, 0.4)
+    assert fits(np.bincount(rows, minlength=60)[p > 0], p[p > 0])
+    np.testing.assert_allclose(weights, (p[rows] / p[p > 0].min()) ** -0.4, rtol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------ what a run does
@@ -189,31 +191,28 @@ def games(monkeypatch):
 
 
 @pytest.mark.parametrize("life_loss", [False, True])
-@pytest.mark.parametrize("script, n_step", [*((script, 1) for script in DQN), ("dqn_per_atari", 3), (DQN[-1], 3)])
+@pytest.mark.parametrize("script, n_step", [*((script, 1) for script in LOSSES), *((script, 3) for script in PER)])
 def test_batches_hold_what_happened(script, n_step, life_loss, train, games, monkeypatch):
     """Three games, three restarts, both kinds of end, lost lives: whole stacks, and no window across an end."""
     seen, ended = set(), set()
 
-    def look(agent, *given):
-        obs, actions, returns, *discounts, next_obs, terminations = [x.numpy() for x in given if torch.is_tensor(x)][:6]
-        if script == "dqn_atari":
-            discounts = [np.full(len(obs), 0.9)]
+    def look(agent, target, *given):
+        obs, actions, returns, *discounts, next_obs, terminations = given[:6] if script in PER else given[-5:]
         for i, (game, t, n, restart) in enumerate(obs[:, -1, 0, :4].tolist()):
-            k = round(np.log(discounts[0][i]) / np.log(0.9))
+            k = round(np.log(discounts[0][i].item()) / np.log(0.9)) if script in PER else 1
             made, length, end = FakeGames.made[restart - 1], 10 + n, t + k
-            shown = [[game, t - ago, n, restart] if t >= ago else [0, 0, 0, 0] for ago in (3, 2, 1, 0)]
-            assert obs[i, :, 0, :4].tolist() == shown and actions[i] == made.actions[game * length + t][n]
-            shown = [[game, end - ago, n, restart] if end >= ago else [0, 0, 0, 0] for ago in (3, 2, 1, 0)]
-            assert next_obs[i, :, 0, :4].tolist() == shown and returns[i] == pytest.approx(
-                sum(0.9**j for j in range(k))
-            )
+            for stack, last in ((obs[i], t), (next_obs[i], end)):
+                shown = [[game, x, n, restart] if x >= 0 else [0] * 4 for x in range(last - 3, last + 1)]
+                assert stack[:, 0, :4].tolist() == shown
+            assert actions[i] == made.actions[game * length + t][n]
+            assert returns[i].item() == pytest.approx(sum(0.9**j for j in range(k)))
             over, lost, newest = end == length, life_loss and end in (4, 7), game * length + end == len(made.actions)
             assert terminations[i] == (over and game % 2 == 0 or lost)
             assert k == n_step or over or lost or newest
             assert not life_loss or not {4, 7} & set(range(t + 1, end))
             seen.add((game, t, n, restart))
             ended.add((over, game % 2, lost, newest and restart < len(FakeGames.made)))
-        return agent.q.bias.sum(), *[torch.zeros(24)] * (script in PER), {}
+        return next(agent.parameters()).sum(), *[torch.zeros(24)] * (script in PER), {}
 
     games(script, FakeGames)
     monkeypatch.setattr(load(script), LOSSES[script], look)
@@ -223,6 +222,48 @@ def test_batches_hold_what_happened(script, n_step, life_loss, train, games, mon
     assert len(FakeGames.made) == 4 + 1 and len(seen) > 260  # of 300
     kinds = {(True, 0, False, False), (True, 1, False, False), (False, 0, life_loss, False), (False, 0, False, True)}
     assert kinds <= ended
+
+
+def test_priorities_follow_the_errors(train, games, spy):
+    """Weights and new priorities belong to the rows of each update; beta is annealed to 1."""
+    games("dqn_per_atari", FakeGames)
+    losses = spy(per, "double_dqn_loss")
+    samples, updates = (spy(per.Priorities, name) for name in ("sample", "update"))
+    flags = {"num_envs": 2, "train_frequency": 2, "learning_starts": 0, "total_timesteps": 40}
+    train("dqn_per_atari", per_beta=0.4, **flags)
+    assert [x["beta"] for x, _ in samples] == pytest.approx(np.linspace(0.4, 1, 21)[:-1])
+    for (batch, (_, errors, _)), (update, _), (_, (rows, weights)) in zip(losses, updates, samples, strict=True):
+        assert update["rows"] is rows
+        np.testing.assert_array_equal(update["td_errors"], errors)
+        np.testing.assert_array_equal(batch["weights"], weights)
+
+
+@pytest.mark.parametrize("frequency, tau", [(7, 1.0), (3, 0.25), (30, 0.5)])
+@pytest.mark.parametrize("script", LOSSES)
+def test_updates_and_targets_are_due(script, frequency, tau, train, games, monkeypatch):
+    """In steps of all environments, also where three at a time jump over a multiple. DQN copies: its tau is 1."""
+    seen, steps, updates = [], [], 1 if script == "rainbow_atari" else 2
+    tau = tau if script == "sac_atari" else 1.0
+
+    def look(agent, target, *_):
+        nets = agent.critics if script == "sac_atari" else agent, target
+        seen.append([torch.cat([x.detach().flatten() for x in net.parameters()]) for net in nets])
+        steps.append(FakeGames.made[0].steps)
+        return sum(x.square().sum() for x in agent.parameters()), *[torch.zeros(8)] * (script in PER), {}
+
+    games(script, FakeGames)
+    monkeypatch.setattr(load(script), LOSSES[script], look)
+    flags = {"num_envs": 3, "total_timesteps": 120, "train_frequency": 8, "gradient_steps": 2, "learning_starts": 8}
+    train(script, target_network_frequency=frequency, tau=tau, batch_size=8, **flags)
+    assert steps == [step for step in range(9, 121, 3) if step // 8 > (step - 3) // 8 for _ in range(updates)]
+    assert seen[0][0].equal(seen[0][1])
+    assert script in DQN or not torch.equal(*seen[0][0].chunk(2))  # the two critics begin different
+    for i in range(1, len(seen)):
+        (online, target), (before, expected) = seen[i], seen[i - 1]
+        for step in range(steps[i - 1], steps[i], 3):  # those after which it moves before this update
+            expected = expected.lerp(online, tau) if step // frequency > (step - 3) // frequency else expected
+        torch.testing.assert_close(target, expected)
+        assert not online.equal(before)
 
 
 @pytest.mark.parametrize("script", DQN)
@@ -239,11 +280,23 @@ def test_exploration(script, train, games, monkeypatch):
     assert is_share((agent.act(torch.zeros(100_000, 1)) == 1).numpy(), 1 - 0.001 * 2 / 3)
 
 
-@pytest.mark.parametrize("script", DQN)
+def test_sac_explores(train, games, monkeypatch):
+    """First actions are uniform. Those of the policy follow, here always 1. The evaluation samples, too."""
+    monkeypatch.setattr(sac.Agent, "sample", lambda self, obs: torch.ones(len(obs), dtype=torch.int64))
+    games("sac_atari", FakeGames)
+    folder = train("sac_atari", num_envs=4, total_timesteps=2000, learning_starts=1000, train_frequency=10**9)
+    actions = np.array(FakeGames.made[0].actions)
+    assert fits(np.bincount(actions[:250].flatten(), minlength=3), np.full(3, 1 / 3)) and (actions[250:] == 1).all()
+    assert np.abs(np.corrcoef(actions[:250].T) - np.eye(4)).max() < 0.25
+    assert saved_agent("sac_atari", folder)[0].act(torch.zeros(5, 1)).tolist() == [1] * 5
+
+
+@pytest.mark.parametrize("script", LOSSES)
 def test_images_are_learned(script, train, games):
     """Which of three bands of the newest frame is bright tells the action that pays: 8 steps at 7, by chance near 3."""
     flags = {"num_envs": 4, "train_frequency": 4, "total_timesteps": 1300, "learning_starts": 100, "batch_size": 32}
     flags |= {"target_network_frequency": 50, "gamma": 0.5, "end_e": 0.05, "exploration_fraction": 0.5}
+    flags |= {"policy_lr": 3e-4, "autotune": False, "alpha": 0.2}
     games(script, FakeChoices)
     folder = train(script, eval_episodes=4, **flags)
     returns = [episode_return for _, episode_return, _ in episodes(folder)]
@@ -251,19 +304,19 @@ def test_images_are_learned(script, train, games):
     agent, _ = saved_agent(script, folder)
     fake = FakeChoices(3)
     fake.right = np.arange(3)
-    assert agent(torch.from_numpy(fake.observe())).argmax(-1).tolist() == [0, 1, 2]
+    net = agent.actor if script == "sac_atari" else agent
+    assert net(torch.from_numpy(fake.observe())).argmax(-1).tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("script, dueling", [("dqn_atari", False), ("dqn_per_atari", False), ("dqn_per_atari", True)])
 def test_the_network(script, dueling, rng):
-    """Bytes / 255; bfloat16 only in the trunk; with dueling heads the mean of Q is V."""
+    """Bytes / 255; bfloat16 only in the trunk."""
     agent, _ = make_agent(script, bf16=False, dueling=dueling)
     obs, _ = inputs(script, 6)
     hidden, q_values = agent.trunk(obs.float() / 255), agent(obs)
     expected = agent.q(hidden[:, :512])
     if dueling:
         expected += agent.v(hidden[:, 512:]) - expected.mean(-1, keepdim=True)
-        torch.testing.assert_close(q_values.mean(-1, keepdim=True), agent.v(hidden[:, 512:]))
     torch.testing.assert_close(q_values, expected)
     agent.bf16 = True
     low = agent(obs)
@@ -271,8 +324,21 @@ def test_the_network(script, dueling, rng):
     torch.testing.assert_close(low, q_values, atol=0.02, rtol=0.1)
 
 
-@pytest.mark.parametrize("script", FRAMES)
-def test_a_buffer_that_does_not_fit_is_refused(script, call, tmp_path):
-    done = call(script, *arguments(script), "--buffer-size", 10**12)
-    assert done.code == 2 and done.err.count("\n") == 1 and not any(tmp_path.iterdir())
-    assert "--buffer-size" in done.err and "7089000.0 GB" in done.err
+def test_the_networks_of_sac(rng):
+    """Bytes / 255; bfloat16 only in the trunks; actor and critics share nothing."""
+    agent, _ = make_agent("sac_atari", bf16=False)
+    obs, _ = inputs("sac_atari", 6)
+    nets = agent.actor, agent.critics.qf1, agent.critics.qf2
+    expected = torch.stack([net.head(net.trunk(obs.float() / 255)) for net in nets])
+    torch.testing.assert_close(agent.critics(obs), expected[1:])
+    torch.testing.assert_close(agent.logprobs(obs), expected[0].log_softmax(-1))
+    assert len({id(x) for net in nets for x in net.parameters()}) == 30 and not expected[1].equal(expected[2])
+    for net, full in zip(nets, expected):
+        net.bf16 = True
+        assert net(obs).dtype == torch.float32 and not net(obs).equal(full)
+        torch.testing.assert_close(net(obs), full, atol=0.02, rtol=0.1)
+
+
+def test_a_buffer_that_does_not_fit_is_refused(call, tmp_path):
+    done = call("dqn_atari", *arguments("dqn_atari"), "--buffer-size", 10**12)
+    assert done.code == 2 and "--buffer-size" in done.err and not any(tmp_path.iterdir())

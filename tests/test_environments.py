@@ -8,11 +8,7 @@ from gymnasium.utils.env_checker import check_env
 
 from benchmark.environments import KeyDoorTreasure
 
-LIMITS = {
-    "CartPoleNoVelocity": 500,
-    "PendulumNoVelocity": 200,
-    "KeyDoorTreasure": 50,
-}
+LIMITS = {"CartPoleNoVelocity": 500, "PendulumNoVelocity": 200, "KeyDoorTreasure": 50}
 
 
 def make(name: str, **kwargs) -> gym.Env:

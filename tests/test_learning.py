@@ -67,9 +67,7 @@ def test_learning_rate_and_gradient_norm(script, anneal_lr, train, monkeypatch):
         monkeypatch.setattr(torch.optim, name, watched(getattr(torch.optim, name)))
     flags = {"num_envs": 2, "num_steps": 1, "num_minibatches": 1, "update_epochs": 1, "total_timesteps": 10}
     flags |= {"learning_starts": 0, "train_frequency": 2, "gradient_steps": 1, "max_grad_norm": 1e-3, "sil_updates": 0}
-    flags |= {"policy_frequency": 1}
-    flags |= {"learning_rate_end": 0.002 * (not anneal_lr)}
-    flags |= {"policy_delay": 1}
+    flags |= {"policy_frequency": 1, "policy_delay": 1, "learning_rate_end": 0.002 * (not anneal_lr)}
     if script == "reinforce":  # episodes of 3 steps
         flags |= {"num_envs": 1, "episodes_per_update": 1, "total_timesteps": 15}
     if script in ATARI:
@@ -169,7 +167,7 @@ def test_real_environment(script, tmp_path, monkeypatch):
     assert learned
 
 
-ON_POLICY = [name for name in ATARI if hasattr(load(name).Args, "gae_lambda")]
+ON_POLICY = [name for name in ATARI if hasattr(load(name).Args, "num_steps")]  # off-policy: test_dqn_atari.py
 
 
 @pytest.mark.parametrize("script", [name for name in ON_POLICY if not hasattr(load(name).Agent, "initial_state")])

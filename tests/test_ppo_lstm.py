@@ -43,28 +43,21 @@ def test_in_one_piece_and_step_by_step(T, B, resets, rng):
         torch.testing.assert_close(output[0], whole[t])
 
 
-def test_nothing_passes_a_reset(rng):
-    """What was before it changes the other environment's outputs, not those of the one that was reset."""
-    net, obs = make_agent("ppo_lstm")[0].actor, sequences(10, 2, resets=0.0)
-    obs[6, 0, -1] = 1
-    x, y = net(obs, torch.zeros(2, 2, 32))[0], net(obs, torch.ones(2, 2, 32))[0]
-    assert x[6:, 0].equal(y[6:, 0]) and (x[6:, 1] != y[6:, 1]).all() and (x[:6] != y[:6]).all()
-
-
 @pytest.mark.parametrize("T, B", [(7, 4), (1, 1)])
-def test_loss_is_that_of_ppo(T, B, rng):
+@pytest.mark.parametrize("script", ["ppo_lstm", "ppo_lstm_atari"])
+def test_loss_is_that_of_ppo(script, T, B, rng):
     """Of all steps of the sequences as one batch; for data of another policy, from a state that is not zero."""
     agent, args = make_agent("ppo_lstm", clip_vloss=True, clip_coef=0.1, ent_coef=0.03, vf_coef=0.7)
     agent.actor.head.weight.data *= 100
     obs, state, actions = sequences(T, B), torch.randn(4, B, 32), torch.randint(4, (T, B))
     old_logprobs, advantages, returns, old_values = torch.randn(4, T, B)
-    loss, metrics = lstm.ppo_loss(agent, args, obs, actions, old_logprobs, advantages, returns, old_values, state)
+    batch = obs, actions, old_logprobs, advantages, returns, old_values
+    loss, metrics = load(script).ppo_loss(agent, args, *batch, state)  # of the Atari script with this agent, too
     logits, values = by_definition(agent.actor, obs, state[:2])[0], by_definition(agent.critic, obs, state[2:])[0]
     new = Categorical(logits=logits.flatten(0, 1))
     flat = SimpleNamespace(value=lambda _: values.flatten())
     flat.logprob_and_entropy = lambda _, actions: (new.log_prob(actions), new.entropy())
-    batch = (x.flatten(0, 1) for x in (obs, actions, old_logprobs, advantages, returns, old_values))
-    expected, expected_metrics = ppo.ppo_loss(flat, args, *batch)
+    expected, expected_metrics = ppo.ppo_loss(flat, args, *(x.flatten(0, 1) for x in batch))
     torch.testing.assert_close((loss, metrics), (expected, expected_metrics))
     torch.testing.assert_close(gradients(loss, agent), gradients(expected, agent), atol=1e-5, rtol=1e-3)
 
@@ -108,4 +101,3 @@ def test_the_evaluation_remembers_and_forgets(rng):
         obs[0, :, -1] = obs[7, 0, -1] = 1
         expected = by_definition(agent.actor, obs, torch.zeros(2, B, 32))[0].argmax(-1)
         assert torch.stack([agent.act(x) for x in obs]).equal(expected)
-    assert "acting_state" not in agent.state_dict()

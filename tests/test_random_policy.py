@@ -1,7 +1,5 @@
 """The random policy: every kind of space, the distributions that it promises, observations that do not matter."""
 
-import os
-
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -41,11 +39,7 @@ def play(monkeypatch, tmp_path):
         spaces = {"action_space": action_space, "observation_space": observation_space}
         monkeypatch.setitem(gym.registry, "Picky-v0", gym.envs.registration.EnvSpec("Picky-v0", Picky, kwargs=spaces))
         monkeypatch.setattr(Picky, "seen", [])
-        flags = {
-            "total_timesteps": 200,
-            "eval_episodes": 1,
-            "run_dir": str(tmp_path / str(len(os.listdir(tmp_path)))),
-        } | flags
+        flags = {"total_timesteps": 200, "eval_episodes": 1, "run_dir": str(tmp_path / "run")} | flags
         policy.train(make_args("random_policy", env_id="Picky-v0", **flags))
         return Picky.seen
 
@@ -63,7 +57,7 @@ def test_every_space_of_actions_and_of_observations(kind, play):
 def test_actions_without_a_fixed_size_are_refused(space, play, capsys, tmp_path):
     with pytest.raises(SystemExit) as end:
         play(space)
-    assert end.value.code == 2 and "Picky-v0 has actions" in capsys.readouterr().err and not any(tmp_path.iterdir())
+    assert end.value.code == 2 and "Picky-v0" in capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
 def test_actions_have_the_promised_distributions(play):

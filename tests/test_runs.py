@@ -21,12 +21,8 @@ def spec(tmp_path):
 
 
 def test_words_and_flags_are_inverse():
-    flags = FLAGS | {
-        "learning_rate": 1e-4,
-        "norm_adv": False,
-        "compile": True,
-        "env_kwargs": {"gravity": -5.0, "x": "y"},
-    }
+    flags = FLAGS | {"learning_rate": 1e-4, "norm_adv": False, "compile": True}
+    flags |= {"env_kwargs": {"gravity": -5.0, "x": "y"}}
     words = runs.words_of(flags)
     assert words[6:] == "--learning-rate 0.0001 --no-norm-adv --compile --env-kwargs gravity -5.0 x y".split()
     back = runs.flags_of(words)

@@ -29,29 +29,27 @@ def add(buffer, lengths: list[int], rng) -> np.ndarray:
     return -values[:, 0]
 
 
-@pytest.mark.parametrize("script", SIL)
 @pytest.mark.parametrize("sil_coef, sil_vf_coef", [(1.0, 0.0), (0.1, 0.3)])
-def test_loss_equals_its_definition(script, sil_coef, sil_vf_coef, rng):
+def test_loss_equals_its_definition(sil_coef, sil_vf_coef, rng):
     """SIL eq. 1 to 3 in a loop. What was worse than its value has no gradient, the bootstrapped value neither."""
-    agent, args = decided(script, sil_coef=sil_coef, sil_vf_coef=sil_vf_coef)
+    agent, args = decided("a2c_sil", sil_coef=sil_coef, sil_vf_coef=sil_vf_coef)
     (obs, final_obs), actions = torch.randn(2, 40, 3), torch.randint(4, (40,))
     returns, discounts, weights = torch.randn(40), torch.rand(40) * (torch.rand(40) < 0.5), torch.rand(40)
-    loss, clipped, metrics = load(script).sil_loss(agent, args, obs, actions, returns, discounts, final_obs, weights)
+    loss, clipped, metrics = sil.sil_loss(agent, args, obs, actions, returns, discounts, final_obs, weights)
     policy_loss, value_loss, expected, future = 0, 0, [], agent.value(final_obs).tolist()
     for b in range(40):
         value = agent.value(obs[b])
         better = returns[b] + discounts[b] * future[b] - value
         expected.append(max(better.item(), 0))
         if better > 0:
-            policy_loss -= weights[b] * policy(script, agent, obs[b]).log_prob(actions[b]) * better.item() / 40
+            policy_loss -= weights[b] * policy("a2c_sil", agent, obs[b]).log_prob(actions[b]) * better.item() / 40
             value_loss += weights[b] * better**2 / 2 / 40
     total = sil_coef * (policy_loss + sil_vf_coef * value_loss)
     torch.testing.assert_close(loss, total)
     torch.testing.assert_close(gradients(loss, agent), gradients(total, agent), atol=1e-5, rtol=1e-4)
     assert clipped.tolist() == pytest.approx(expected, abs=1e-5) and 10 < np.count_nonzero(expected) < 30
-    assert [x.item() for x in metrics.values()] == pytest.approx(
-        [policy_loss.item(), value_loss.item(), np.mean(expected)]
-    )
+    values = [policy_loss.item(), value_loss.item(), np.mean(expected)]
+    assert [x.item() for x in metrics.values()] == pytest.approx(values)
 
 
 @pytest.mark.parametrize("buffer_size", [10_000, 20])
@@ -70,12 +68,8 @@ def test_whole_episodes_across_rollouts_and_environments(script, buffer_size, tr
         for episode in range(len(env.finished)):
             returns = returns_by_definition([env.index + t + 1 for t in range(L)], 0, 0.9)
             for t in range(L):
-                made[env.index, episode, t] = (
-                    env.actions[episode * L + t],
-                    returns[t],
-                    0.9 ** (L - t) * (episode % 2),
-                    L,
-                )
+                action, discount = env.actions[episode * L + t], 0.9 ** (L - t) * (episode % 2)
+                made[env.index, episode, t] = action, returns[t], discount, L
     assert buffer.added == ended > 180
     obs, actions, returns, discounts, final_obs, priorities = (x[: buffer.added] for x in buffer.arrays)
     rows = [tuple(row) for row in obs.astype(int).tolist()]

@@ -49,9 +49,8 @@ def test_a_pair_is_saved(tmp_path, monkeypatch, capsys):
     """Our script is as fast as its fake says, 1000 steps/s; a peer 2000 with seed 1 and 4000 with seed 3."""
     monkeypatch.setattr(speed, "SAVED", tmp_path / "speed.csv")
     monkeypatch.setattr(speed, "PEER", tmp_path / "peer.py")
-    monkeypatch.setattr(
-        speed, "measure_ours", lambda *_: (1000.0, {"cpu": "a CPU", "gpu": "", "threads": 1, "commit": "abcdefgh"})
-    )
+    about = {"cpu": "a CPU", "gpu": "", "threads": 1, "commit": "abcdefgh"}
+    monkeypatch.setattr(speed, "measure_ours", lambda *_: (1000.0, about))
     (tmp_path / "cleanrl" / "cleanrl").mkdir(parents=True)
     (tmp_path / "cleanrl" / "cleanrl" / "ppo.py").touch()
     (tmp_path / "peer.py").write_text(PEER)

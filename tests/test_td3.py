@@ -1,6 +1,7 @@
 """TD3 and DDPG: losses against their definitions, both kinds of noise, and which update moves what.
 
-The replay buffer, when a run updates, and how a target moves are tested in test_dqn.py; first actions in test_sac.py.
+The replay buffer, when a run updates, and how a target moves are tested in test_dqn.py; first actions, and that noise
+is new, in test_sac.py.
 """
 
 import numpy as np
@@ -89,25 +90,6 @@ def test_actor_loss_equals_its_definition(script, rng):
 # -------------------------------------------------------------------------------------------------------------- noise
 
 
-@pytest.mark.parametrize("script", TD3)
-@pytest.mark.parametrize("policy_noise, noise_clip", [(0.2, 0.5), (1e6, 0.3), (1e6, 9.0), (0.0, 0.5)])
-def test_smoothing_is_bounded(script, policy_noise, noise_clip, rng, monkeypatch):
-    """What the target critics see: within noise_clip of the target actor's action, and within the bounds."""
-    agent, target, args = make_parts(script, policy_noise=policy_noise, noise_clip=noise_clip)
-    data, seen, forward = batch(), [], target.critics.forward
-    monkeypatch.setattr(target.critics, "forward", lambda obs, a: (seen.append((obs, a)), forward(obs, a))[1])
-    load(script).critic_loss(agent, target, args, torch.randn(B, 2), *data)
-    ((obs, actions),) = seen
-    plain = target.act(data[3])
-    moved = (actions - plain).abs()
-    assert obs.equal(data[3]) and moved.max() <= noise_clip + 1e-6 and actions.abs().max() <= 1
-    inside = actions.abs() < 1
-    if policy_noise == 1e6:  # every one is clipped, by noise_clip or by the bounds
-        assert ((moved - noise_clip).abs() < 1e-6)[inside].all() and (noise_clip < 1) == inside.any().item()
-    if policy_noise == 0:
-        assert actions.equal(plain)
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_exploration_noise(script, rng):
     """Normal, for each row and dimension by itself, clipped to the bounds; the evaluation has none."""
@@ -122,15 +104,6 @@ def test_exploration_noise(script, rng):
     assert abs(z[:, 0].mean()) < 0.025 and abs(z[:, 0].std() - 1) < 0.02 and abs(z[:, 1].median()) < 0.03
     pairs = torch.stack([z[:-1, 0], z[:-1, 1], z[1:, 0], z[1:, 1]])
     assert (pairs.corrcoef() - torch.eye(4)).abs().max() < 0.025
-
-
-@pytest.mark.parametrize("script", TD3)
-def test_every_update_has_new_noise(script, train, spy):
-    updates = spy(load(script), "critic_loss")
-    train(script, num_envs=3, train_frequency=3, total_timesteps=300, learning_starts=30, batch_size=8)
-    noise = torch.cat([bound["noise"] for bound, _ in updates])
-    assert noise.shape == (90 * 8, 2) and len(noise.unique()) == noise.numel()
-    assert noise.mean().abs() < 0.1 and abs(noise.std() - 1) < 0.1
 
 
 # ---------------------------------------------------------------------------------------------- which update moves what
