@@ -46,6 +46,7 @@ def load(name: str) -> pd.DataFrame:
             files = [file for file in files if file.endswith(".csv") and "/curves/" not in file]
             tables = [results.read(io.StringIO(git("show", f"{where}:{file}"))) for file in files]
         table = pd.concat(tables, ignore_index=True).dropna(subset="final_return")  # without files of other kinds
+        table = table.drop_duplicates([*results.KEY, "steps", "flags", "code", "started"])  # a run in two suites
     except (OSError, ValueError):
         runs.fail(f"{where} is no folder or CSV file with results, nor a git revision with benchmark/results")
     table = table[table["script"] == script] if script else table

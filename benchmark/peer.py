@@ -41,9 +41,11 @@ def sb3(job: dict, env_id: str) -> None:
         arguments["learning_rate"] = lambda left: left * initial
     policy = "CnnPolicy" if is_atari else "MlpPolicy"
     model = algorithm(policy, env, seed=job["seed"], device=job["device"], **arguments)
+    if first := arguments.get("learning_starts", 0):
+        model.learn(first)  # random actions, which do not count
     started = time.perf_counter()
-    model.learn(job["steps"])
-    print("SPS:", model.num_timesteps / (time.perf_counter() - started))
+    model.learn(job["steps"] - first, reset_num_timesteps=False)
+    print("SPS:", (job["steps"] - first) / (time.perf_counter() - started))
 
 
 def main() -> None:

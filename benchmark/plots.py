@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
+from benchmark.stats import short
+
 COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#882255", "#999933"
 DASHES = "-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 1, 1, 1, 1, 1))
 MARKERS = "o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "p"
@@ -26,16 +28,9 @@ def tidy(values) -> np.ndarray:
     return np.array([float(f"{value:.6g}") for value in np.ravel(values)]).reshape(np.shape(values))
 
 
-def look(number: int) -> dict:
+def style_of(number: int) -> dict:
     names, values = ("color", "linestyle", "marker"), (COLORS, DASHES, MARKERS)
     return {name: value[number % len(value)] for name, value in zip(names, values)}
-
-
-def short(value: float, _=None) -> str:
-    for size, letter in ((1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:g}{letter}".replace("-", "−")
-    return f"{value:g}".replace("-", "−")
 
 
 def draw(title: str, lines: list[tuple]) -> Figure:
@@ -49,11 +44,11 @@ def draw(title: str, lines: list[tuple]) -> Figure:
     for is_clock, axes in enumerate(panels):
         edge = {"transform": axes.get_yaxis_transform(), "clip_on": False}
         for place, (_, number, steps, minutes, mean, band, target) in enumerate(lines):
-            color, every = look(number)["color"], len(steps) // 5
+            color, every = style_of(number)["color"], len(steps) // 5
             x = steps * minutes / steps[-1] if is_clock else steps
             if not np.isnan(band).all():
                 axes.fill_between(x, *band, color=color, alpha=0.18, lw=0)
-            axes.plot(x, mean, **look(number), markevery=(place * every // 5 % every, every))
+            axes.plot(x, mean, **style_of(number), markevery=(place * every // 5 % every, every))
             axes.plot(1.012, target, "<", color=color, **edge)
         axes.set(ylabel="return, last 100 training episodes", xlabel="minutes" if is_clock else "environment steps")
     drawn = np.concatenate([np.ravel(x) for line in lines for x in line[4:]])
@@ -63,9 +58,9 @@ def draw(title: str, lines: list[tuple]) -> Figure:
     ends = [line[3] for line in lines]
     panels[-1].set(**{"xscale": "log", "xlim": (min(ends) / 20, max(ends))} if count > 1 else {})
     for axis in (axis for axes in panels for axis in (axes.xaxis, axes.yaxis)):
-        axis.set_major_formatter(FuncFormatter(short))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: short(value).replace("-", "−")))
     best_first = sorted(lines, key=lambda line: -np.nan_to_num(line[4][-1], nan=-np.inf))
-    handles = [Line2D([], [], label=textwrap.fill(name, 26), **look(number)) for name, number, *_ in best_first]
+    handles = [Line2D([], [], label=textwrap.fill(name, 26), **style_of(number)) for name, number, *_ in best_first]
     target = Line2D([], [], ls="", marker="<", color="#666666", label="target")
     handles += [target] if not all(np.isnan(line[6]) for line in lines) else []
     panels[0].legend(handles=handles, loc="upper left", bbox_to_anchor=(1.03, 1.02))

@@ -66,11 +66,11 @@ def cell(entry: suites.Entry, found: pd.DataFrame, curves: pd.DataFrame, **more)
     row = vars(entry) | {"algo": entry.algo, "label": entry.script.stem, "command": command, "is_ours": is_ours}
     row |= {"runs": found, "curves": curves, "peers": [], "protocol": "", "finals": finals, "ran": len(finals) > 0}
     row["target"] = math.nan if entry.target is None else entry.target
-    return row | {"met": len(finals) > 0 and not finals.mean() < row["target"]} | more
+    return row | {"met": len(finals) > 0 and not finals.mean() < row["target"], "heading": entry.env} | more
 
 
 def read_suites(args: Args, reference: pd.DataFrame) -> pd.DataFrame:
-    cells = []
+    cells, first = [], {}
     for suite in chosen(args):
         found = results.read_suite(suite, args.results_dir)
         for entry in (entry for entry in suite.entries if entry.fits(args.only)):
@@ -79,6 +79,8 @@ def read_suites(args: Args, reference: pd.DataFrame) -> pd.DataFrame:
             mine = one_version(mine, runs.code_hash(entry.script.read_text()))
             curves, peers = results.read_curves(suite, entry, args.results_dir), published(entry, mine, reference)
             more = {"suite": suite.name, "title": suite.title, "protocol": suite.protocol, "peers": peers}
+            if first.setdefault(entry.env, suite) is not suite:  # headings are anchors, too
+                more["heading"] = f"{entry.env}: {suite.title}"
             cells.append(cell(entry, mine, curves, **more))
     return pd.DataFrame(cells)
 
@@ -91,10 +93,11 @@ def one_version(found: pd.DataFrame, current: str) -> pd.DataFrame:
 
 
 def read_own(args: Args) -> pd.DataFrame:
-    """The run folders in or below a folder: an entry per environment, script, budget, and flags."""
-    cells, found = [], results.read_folder(args.folder)
-    for (env, script, steps, flags), mine in found.groupby(["env", "script", "steps", "flags"]):
-        label, at = f"{script} {flags}".strip(), results.curve_steps(steps)
+    """The run folders in or below a folder: an entry per environment, script, version of it, budget, and flags."""
+    cells, found, keys = [], results.read_folder(args.folder), ["env", "script", "steps", "flags"]
+    found["version"] = found["code"].where(found.groupby(keys)["code"].transform("nunique") > 1, "")
+    for (env, script, steps, flags, version), mine in found.groupby([*keys, "version"]):
+        label, at = f"{script} {flags} {version[:4]}".strip(), results.curve_steps(steps)
         copy = mine["folder"].iloc[-1] / f"{script}.py"
         entry = suites.Entry(copy, env, steps, len(mine), runs.flags_of(shlex.split(flags)))
         curves = pd.DataFrame({row.seed: results.means(row.folder, at) for row in mine.itertuples()}, index=at)
@@ -177,7 +180,7 @@ def environment_section(env: str, cells: pd.DataFrame) -> list[str]:
     commands = [x.command + f"  # {x.why}" * bool(x.why) for x in cells.itertuples()]
     details = table([row for row in rows if row["median"]], DETAILS)
     plot = f"![Learning curves on {env}](plots/{plot_name(cells['suite'].iloc[0], env)})"
-    lines = [f"### {env}", "", plot, "", *table(rows, SCORES)]
+    lines = [f"### {cells['heading'].iloc[0]}", "", plot, "", *table(rows, SCORES)]
     lines += fold("Commands and details", "```sh", *commands, "```", "", *details)
     return lines + (["Beside published scores:", "", *table(peers)] if peers else [])
 
@@ -244,8 +247,8 @@ def some(names: pd.Series) -> str:
     return ", ".join(names if len(names) < 6 else [*names[:3], f"and {len(names) - 3} more"])
 
 
-def environment(env: str) -> str:
-    return f"[{env.rpartition(':')[2]}](/docs/BENCHMARKS.md#{anchor(env)})"
+def environment(x) -> str:
+    return f"[{x.env.rpartition(':')[2]}](/docs/BENCHMARKS.md#{anchor(x.heading)})"
 
 
 def algorithms(cells: pd.DataFrame) -> list[dict[str, str]]:
@@ -254,7 +257,7 @@ def algorithms(cells: pd.DataFrame) -> list[dict[str, str]]:
     for stem, adds, envs in re.findall(CHART, (runs.SCRIPTS / "README.md").read_text(), re.M):
         ran = [x for x in cells[cells["ran"]].itertuples() if x.script.stem == stem]
         ran.sort(key=lambda x: TELLING.index(x.env) if x.env in TELLING else len(TELLING))
-        found = [(describe(x), environment(x.env)) for x in ran[:1]]
+        found = [(describe(x), environment(x)) for x in ran[:1]]
         scores = [f"{x['training return'].split(' [')[0]} {env}, {x['seeds']} seeds" for x, env in found]
         row = {"file": f"[`{stem}`](/algos/{stem}.py)", "what it adds to the one before": adds, "environments": envs}
         rows.append(row | {"training return": "".join(scores) or "not run yet"})

@@ -125,8 +125,8 @@ def collect(suite: Suite, folder: Path, results: Path) -> Iterator[str]:
         curves = curves if list(curves.index) == list(steps) else pd.DataFrame(index=steps)
         for run in sorted((folder / suite.name).glob(f"{entry.name}__*")):
             seed = run.name.rpartition("__")[2]
-            if not seed.isdecimal() or not (run / "result.json").exists():
-                continue
+            if not seed.isdecimal() or int(seed) > 100 or not (run / "result.json").exists():
+                continue  # seeds from 101 on are those on which flags were chosen
             spec = entry.spec(suite.name, int(seed), folder)
             try:  # a run of an older version of the script is taken, and marked on the page
                 if reason := runs.difference(run, replace(spec, script=run / entry.script.name)):

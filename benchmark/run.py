@@ -9,9 +9,9 @@ A suite is a TOML file (suites.py). Its runs are in runs/{suite}/{env}__{script}
 of every entry comes first, then seed 2, and so on, so that a benchmark that is stopped early has some of everything.
 What happens to a run folder that exists: runner.py.
 
-Ctrl-C, SIGTERM, a closed terminal, or kill -9 stop all runs; the same command resumes them. A run that fails does not
-stop the others. Exit code: 0 when every run is finished, 1 when one failed or is stale, 2 for bad input, 130 when
-stopped.
+Ctrl-C, SIGTERM, a closed terminal, or on Linux kill -9 stop all runs; the same command resumes them. A run that fails
+does not stop the others. Exit code: 0 when every run is finished, 1 when one failed or is stale, 2 for bad input, 130
+when stopped.
 """
 
 import shlex
@@ -93,7 +93,7 @@ def main() -> None:
         job.look()
     if args.dry_run:
         return dry_run(jobs, args)
-    if args.backend == "dstack":
+    if args.backend == "dstack" and not args.status:
         from cloud.dstack import Dstack  # the Hub's client is imported only where it is needed
 
         backend, slots = Dstack(args.template, args.runs_dir), [None] * (args.jobs or 10)
@@ -104,7 +104,7 @@ def main() -> None:
             slots += runner.slots(args.jobs, args.threads, [])
         backend = runner.Local()
     for job in jobs:
-        job.on_gpu &= any(slots)
+        job.on_gpu &= any(slots)  # what can use a GPU gets one if there is one
     work = Runner(
         jobs, slots, backend, args.threads, args.device, args.retries, args.rerun_stale, hang_after=args.hang_after
     )

@@ -11,7 +11,6 @@ What happens to a run folder that exists:
 "Another run" is what runs.difference says: other flags, or a script whose algorithm has changed. Nothing is deleted.
 """
 
-import ctypes
 import os
 import re
 import shlex
@@ -33,10 +32,10 @@ from rich.table import Table
 
 from benchmark import runs
 from benchmark.runs import Spec, shown
+from benchmark.stats import short
 
 TICK, LOOK, LINE = 0.1, 1.0, 60.0  # seconds between looks at processes, looks at folders, and lines without a terminal
 PATIENCE = 20.0  # seconds between SIGINT and SIGKILL
-LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 FAILED = "# failed: "  # the last line in the log of a run that failed
 LAST_CODES = {2: "bad input", 3: "diverged (NaN or infinity)"}  # a retry would end in the same way
 
@@ -57,7 +56,7 @@ def find_gpus(wanted: tuple[str, ...] = ()) -> list[str]:
         with suppress(OSError, subprocess.SubprocessError):
             listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True).stdout
             visible = ",".join(re.findall(r"^GPU (\d+):", listed, re.M))
-    found = [gpu.strip() for gpu in (visible or "").split(",") if gpu.strip()]
+    found = [gpu.strip() for gpu in (visible or "").split(",") if gpu.strip() not in ("", "-1")]  # -1 hides them
     for gpu in wanted:
         if gpu.isdecimal() and int(gpu) >= len(found):
             runs.fail(f"there is no GPU {gpu}; this process sees {len(found)}")
@@ -91,30 +90,17 @@ def parse_seeds(text: str) -> list[int]:
 
 
 class Process:
-    """A run as a process group. It ends with this process, whatever ends that."""
+    """A run as a process group. On Linux it ends with this process, whatever ends that."""
 
     def __init__(self, command: list[str], env: dict[str, str], log: Path, lock: int) -> None:
-        parent, self.code = os.getpid(), None
-
-        def die_with_parent() -> None:
-            if LIBC:
-                LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-                if os.getppid() != parent:  # it died before that
-                    os.kill(os.getpid(), signal.SIGKILL)
-
+        self.code = None
         with log.open("a") as file:
             words = [*(f"{name}={value}" for name, value in env.items()), *command]
             print(f"# {time.ctime()}\n$ {shlex.join(words)}", file=file, flush=True)
-            self.popen = subprocess.Popen(
-                command,
-                env=os.environ | env,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # a terminal's Ctrl-C reaches this process alone
-                pass_fds=[lock],  # the run stays locked as long as it lives
-                preexec_fn=die_with_parent,
-            )
+            how = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
+            how |= {"start_new_session": True, "preexec_fn": runs.dying_with_parent()}  # no Ctrl-C from a terminal
+            how["pass_fds"] = [lock]  # the run stays locked as long as it lives
+            self.popen = subprocess.Popen(command, env=os.environ | env, **how)
 
     def poll(self) -> int | None:
         if self.code is None:
@@ -159,6 +145,7 @@ class Job:
     lock: int = -1
     slot: str | None = None
     began: float = 0.0  # time.time() of the last start
+    seen: tuple[float, float] = (0.0, 0.0)  # the newest change of log or folder, and time.monotonic() when it was seen
     log_start: int = 0  # where in the log the last start begins
 
     def beside(self, suffix: str) -> Path:
@@ -175,7 +162,8 @@ class Job:
         if result := runs.read_result(folder):
             self.note = runs.difference(folder, self.spec)
             self.state = "stale" if self.note else "done"
-            self.step, self.seconds, self.trailing = (result.get(x) for x in ("steps", "seconds", "final_return"))
+            self.step, self.seconds = (result.get(x) or 0 for x in ("steps", "seconds"))
+            self.trailing = result.get("final_return")
         else:
             self.state = "elsewhere" if runs.is_locked(self.beside(".lock")) else "waiting"
 
@@ -194,12 +182,14 @@ class Job:
         return self.spec.command(threads, device), folder.exists() and any(folder.iterdir())
 
     def is_silent(self, seconds: float) -> bool:
-        """Whether neither log nor run folder has changed for so long."""
+        """Whether this runner has seen no change of log or run folder for so long, while the machine was awake."""
         times = [self.began]
         for path in (self.beside(".log"), *(self.spec.folder.iterdir() if self.spec.folder.is_dir() else ())):
             with suppress(OSError):
                 times.append(path.stat().st_mtime)
-        return time.time() - max(times) > seconds
+        if max(times) != self.seen[0]:
+            self.seen = max(times), time.monotonic()
+        return time.monotonic() - self.seen[1] > seconds
 
     def last_lines(self, count: int = 8) -> list[str]:
         """The end of what the last start printed; of a progress bar only its last state."""
@@ -226,7 +216,7 @@ class Runner:
     ) -> None:
         self.jobs, self.free, self.slots, self.backend = jobs, list(slots), len(slots), backend
         self.threads, self.device, self.retries, self.rerun_stale = threads, device, retries, rerun_stale
-        self.hang_after, self.stops, self.looked = 60 * hang_after, 0, 0.0
+        self.hang_after, self.stops, self.is_stopping, self.looked = 60 * hang_after, 0, False, 0.0
         self.display = Display(self)
 
     @property
@@ -312,7 +302,7 @@ class Runner:
         job.handle, job.code = None, code
         self.free.append(job.slot)
         self.release(job)
-        if self.stops:
+        if self.is_stopping:
             return
         if code or job.is_open:
             how = f"exit code {code}" if code > 0 else signal.strsignal(-code) if code else "no result"
@@ -331,17 +321,16 @@ class Runner:
 
     def stop_all(self) -> None:
         """Interrupt what is running; kill it after a while, or when asked once more."""
-        asked, began = self.stops, time.monotonic()
-        self.stops += 1
+        asked, began, self.is_stopping = self.stops, time.monotonic(), True
         for job in self.running:
             job.handle.stop()
         while self.running:
-            if time.monotonic() - began > PATIENCE or self.stops > asked + 1:
+            if time.monotonic() - began > PATIENCE or self.stops > asked:
                 for job in self.running:
                     job.handle.stop(force=True)
             self.watch()
             time.sleep(TICK)
-        self.stops = asked
+        self.is_stopping = False
 
     def report(self) -> int:
         """Print what is left to know; the exit code: 0, 1 if a run failed or is stale, 130 if stopped."""
@@ -357,14 +346,6 @@ class Runner:
         folders = dict.fromkeys(shown(job.spec.folder.parent) for job in self.jobs)
         print(f"run folders: {', '.join(folders)}")
         return 130 if self.stops else int(any(job.state in ("failed", "stale") for job in self.jobs))
-
-
-def short(number: float | None) -> str:
-    """1234567 -> 1.23M"""
-    for size, letter in ((1e6, "M"), (1e3, "k")):
-        if number is not None and abs(number) >= size:
-            return f"{number / size:.3g}{letter}"
-    return "" if number is None else f"{number:.3g}"
 
 
 def time_left(jobs: list[Job], slots: int) -> str:
@@ -400,9 +381,8 @@ class Display:
 
     def summary(self) -> str:
         counts = Counter(job.state for job in self.runner.jobs)
-        states = ("done", "running", "elsewhere", "waiting", "stale", "failed")
-        parts = [f"{counts[state]} {state}" for state in states if counts[state]]
-        return f"{', '.join(parts)} of {len(self.runner.jobs)}{time_left(self.runner.jobs, self.runner.slots)}"
+        each = [f"{counts[x]} {x}" for x in ("done", "running", "elsewhere", "waiting", "stale", "failed") if counts[x]]
+        return f"{', '.join(each)} of {len(self.runner.jobs)}{time_left(self.runner.jobs, self.runner.slots)}"
 
     def refresh(self) -> None:
         if self.live:

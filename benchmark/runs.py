@@ -5,12 +5,14 @@ values of all flags are; threads and device do not count. `difference` decides t
 """
 
 import ast
+import ctypes
 import fcntl
 import hashlib
 import io
 import json
 import os
 import re
+import signal
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
@@ -216,7 +218,18 @@ def take_lock(path: Path) -> int | None:
 
 
 def is_locked(path: Path) -> bool:
-    lock = take_lock(path) if path.exists() else -1
-    if lock is not None and lock >= 0:
+    lock = take_lock(path) if path.exists() else None
+    if lock is not None:
         os.close(lock)
-    return lock is None
+    return lock is None and path.exists()
+
+
+def dying_with_parent():
+    """For Popen's preexec_fn: on Linux the child is killed when this process ends, whatever ends it."""
+    parent, libc = os.getpid(), ctypes.CDLL(None) if sys.platform == "linux" else None
+
+    def prepare() -> None:
+        if libc and (libc.prctl(1, signal.SIGKILL) or os.getppid() != parent):  # PR_SET_PDEATHSIG; it died before that
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return prepare

@@ -7,7 +7,7 @@
 Our script and the peer run in turn, one at a time, with CleanRL's hyperparameters (peer.toml). Each pair gives
 a ratio: above 1, ours is faster. The first pair is a warm-up and does not count. Only an otherwise idle machine gives
 true numbers. What counts is training, without start-up: ours by result.json; CleanRL's by the last SPS that it prints;
-Stable-Baselines3's around learn(). Steps before the first update of an off-policy script do not count.
+Stable-Baselines3's around learn(). Random steps before the first update do not count, but CleanRL's few take time.
 
 --save adds the result to benchmark/results/speed.csv, which docs/speed.md shows.
 """
@@ -105,7 +105,8 @@ def measure_peer(args: Args, preset: dict, seed: int, steps: int) -> tuple[float
         output = start(peer_command(args, preset, seed, steps), Path(name))
     about = json.loads(re.search("^PEER (.*)", output, re.M)[1])
     sps = float(re.findall(r"^SPS: ([\d.]+)", output, re.M)[-1])
-    return sps * (1 - preset["flags"].get("learning_starts", 0) / steps), about
+    first = preset["flags"].get("learning_starts", 0) * (args.peer == "cleanrl")  # Stable-Baselines3's are left out
+    return sps * (1 - first / steps), about
 
 
 def main() -> None:

@@ -15,9 +15,10 @@ SEED, RESAMPLES, ALPHA = 20_210_830, 10_000, 0.05
 FEWEST = 3  # seeds for an interval
 
 
-def interval(resampled: np.ndarray) -> np.ndarray:
-    """The middle 95 % of (B, ...) -> (2, ...)."""
-    return np.quantile(resampled, [ALPHA / 2, 1 - ALPHA / 2], axis=0)
+def interval(resampled: np.ndarray, seeds: int) -> np.ndarray:
+    """The middle 95 % of (B, ...) -> (2, ...); nan if they are of too few seeds."""
+    found = np.quantile(resampled, [ALPHA / 2, 1 - ALPHA / 2], axis=0)
+    return found if seeds >= FEWEST else np.full_like(found, np.nan)
 
 
 def resample(scores: np.ndarray, rng: np.random.Generator, resamples: int = RESAMPLES) -> np.ndarray:
@@ -27,22 +28,19 @@ def resample(scores: np.ndarray, rng: np.random.Generator, resamples: int = RESA
 
 def mean_interval(scores: np.ndarray) -> np.ndarray:
     """Interval of the mean over seeds, (n,) -> (2,)."""
-    enough = len(scores) >= FEWEST
-    return interval(resample(scores, np.random.default_rng(SEED)).mean(1)) if enough else np.full(2, np.nan)
+    return interval(resample(scores, np.random.default_rng(SEED)).mean(1), len(scores))
 
 
 def difference_interval(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Interval of mean(y) - mean(x), seeds not paired: (n,), (m,) -> (2,)."""
     rng = np.random.default_rng(SEED)
-    found = interval(resample(y, rng).mean(1) - resample(x, rng).mean(1))
-    return found if min(len(x), len(y)) >= FEWEST else np.full(2, np.nan)
+    return interval(resample(y, rng).mean(1) - resample(x, rng).mean(1), min(len(x), len(y)))
 
 
 def band(curves: np.ndarray, resamples: int = 2000) -> np.ndarray:
     """Interval of the mean curve over seeds, (n, T) -> (2, T); whole curves are drawn. nan where one is nan."""
     rows = np.random.default_rng(SEED).integers(len(curves), size=(resamples, len(curves)))
-    found = interval(sum(curves[column] for column in rows.T) / len(curves))
-    return found if len(curves) >= FEWEST else np.full_like(found, np.nan)
+    return interval(sum(curves[column] for column in rows.T) / len(curves), len(curves))
 
 
 def iqm(scores: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -58,8 +56,7 @@ def iqm_interval(strata: list[np.ndarray], resamples: int = 5000) -> tuple[float
     rng = np.random.default_rng(SEED)
     weight = np.concatenate([np.full(len(scores), 1 / len(scores) / len(strata)) for scores in strata])
     drawn = np.concatenate([resample(scores, rng, resamples) for scores in strata], 1)
-    spread = interval(iqm(drawn, weight)) if max(map(len, strata)) >= FEWEST else np.full(2, np.nan)
-    return float(iqm(np.concatenate(strata), weight)), spread
+    return float(iqm(np.concatenate(strata), weight)), interval(iqm(drawn, weight), max(map(len, strata)))
 
 
 def wins(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -76,7 +73,7 @@ def improvement(xs: list[np.ndarray], ys: list[np.ndarray], resamples: int = RES
         value += won.mean() / len(xs)
         of_x, of_y = (rng.multinomial(n, np.full(n, 1 / n), size=resamples) for n in won.shape)
         drawn += ((of_x @ won) * of_y).sum(1) / won.size / len(xs)
-    return float(value), interval(drawn) if min(map(len, [*xs, *ys])) >= FEWEST else np.full(2, np.nan)
+    return float(value), interval(drawn, min(map(len, [*xs, *ys])))
 
 
 def rank_test(x: np.ndarray, y: np.ndarray, limit: int = 200_000) -> float:
@@ -123,6 +120,12 @@ def exact(value: float) -> str:
 
 def fraction(value: float) -> str:
     return f"{value:.2f}".replace("-", "−")
+
+
+def short(value: float | None) -> str:
+    """1234567 -> 1.23M"""
+    size, letter = next((x for x in ((1e6, "M"), (1e3, "k")) if value is not None and abs(value) >= x[0]), (1, ""))
+    return "" if value is None else f"{value / size:.3g}{letter}"
 
 
 def whole(value: float) -> str:

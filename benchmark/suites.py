@@ -28,7 +28,7 @@ from pathlib import Path
 from benchmark.runs import RUNS, SCRIPTS, Spec, defaults
 
 SUITES = Path(__file__).resolve().parent / "suites"
-OWN = {"env_id", "total_timesteps", "seed", "run_dir", "resume", "evaluate", "torch_threads", "device"}  # the runner's
+RESERVED = {"env_id", "total_timesteps", "seed", "run_dir", "resume", "evaluate", "torch_threads", "device"}
 KINDS = {"script": str, "env": str, "steps": int, "seeds": int, "flags": dict}
 KINDS |= {"target": float, "why": str, "tried": str}
 REQUIRED = "script", "env", "steps", "seeds"
@@ -103,7 +103,7 @@ def check_flags(table: dict, known: dict, script: str, where: str) -> dict:
     """Flags of a TOML table, by the names of the script's Args."""
     flags = {key.replace("-", "_"): value for key, value in table.items()}
     for name in flags:
-        if name in OWN:
+        if name in RESERVED:
             raise SuiteError(f"{where}: --{name.replace('_', '-')} is set by the runner")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
@@ -143,6 +143,8 @@ def load(name_or_path: str | Path) -> Suite:
             raise SuiteError(f"no suite {name_or_path}; there are {', '.join(suite_names())}, or give a TOML file")
     content = read_toml(path)
     check_keys(content, TOP, ("entry",), f"suite {path.stem}")
+    if not all(isinstance(row, dict) for row in content["entry"]):
+        raise SuiteError(f"suite {path.stem}: an entry is a table, [[entry]], not {content['entry'][0]!r}")
     entries: dict[str, Entry] = {}
     for number, row in enumerate(expand(content["entry"]), 1):
         row = {key: content[key] for key in COMMON & content.keys()} | row

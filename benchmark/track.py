@@ -23,7 +23,7 @@ def track(folder: Path, /, project: str = "folio", to: Literal["wandb", "trackio
     if not importlib.util.find_spec(to):
         runs.fail(f"{to} is missing: pip install {to}")
     tracker, key = importlib.import_module(to), f"{to}/{project}"
-    for run_folder in results.find(folder.resolve()):
+    for run_folder in results.find(folder.resolve()) or runs.fail(f"no runs in {folder}"):
         about, result, points = runs.read_args(run_folder), runs.read_result(run_folder), defaultdict(dict)
         events = EventAccumulator(str(run_folder), size_guidance={"scalars": 0}).Reload()
         for curve in events.Tags()["scalars"]:

@@ -98,6 +98,10 @@ def name_job(command: list[str]) -> tuple[str, bool, list[str]]:
     at = find_script(command)
     script, words = ROOT / command[at], command[at + 1 :]
     flags, places = flags_of(words), [i for i, word in enumerate(words) if word.startswith("--")]
+    if flags.keys() & {"runs_dir", "studies"}:
+        fail("a job writes to runs/: leave out --runs-dir and --studies")
+    if absent := [word for word in words if word.startswith(LEFT_OUT) and Path(word).suffix]:
+        fail(f"a job does not get {', '.join(LEFT_OUT)}: move {absent[0]} to another folder")
     if makes_a_run(script):
         env = re.sub("[^A-Za-z0-9.]+", "-", str(flags.get("env_id", "default"))).strip("-.")
         return f"{env}__{script.stem}__{flags.get('seed', 1)}__{time.strftime('%Y%m%dT%H%M%S')}", False, command
@@ -105,7 +109,7 @@ def name_job(command: list[str]) -> tuple[str, bool, list[str]]:
         case "benchmark", suite:
             return Path(suite).stem, True, command
         case "tuner", "validate", study:
-            return f"tuner/{study}", True, command
+            return f"tuner/{Path(study).name}", True, command
         case "tuner", "search", space:
             env = [re.sub("[^A-Za-z0-9]+", "-", flags["env_id"])] if "env_id" in flags else []
             name = flags.get("name", "__".join([*env, Path(space).stem]))
@@ -205,7 +209,7 @@ class Handle(threading.Thread):
     """A run of the backend. Its thread talks to dstack and the Hub, so that `poll` and `stop` return at once."""
 
     def __init__(self, backend: Dstack, spec: Spec, threads: int, device: str | None, log: Path) -> None:
-        super().__init__(daemon=True)
+        super().__init__(daemon=True, name=spec.folder.resolve().relative_to(backend.runs_dir).as_posix())
         self.backend, self.spec, self.threads, self.device, self.log = backend, spec, threads, device, log
         self.code, self.said, self.stopping = None, "", threading.Event()
         self.start()
@@ -218,6 +222,10 @@ class Handle(threading.Thread):
         self.stopping.set()
         if force and self.code is None:
             self.code = 130
+            self.warn()
+
+    def warn(self) -> None:
+        print(f"{self.name} may still run, and cost: python cloud/dstack.py stop {self.name}", file=sys.stderr)
 
     def note(self, text: str) -> None:
         """Write into the log, or touch it: by that the runner sees that this does not hang."""
@@ -229,15 +237,15 @@ class Handle(threading.Thread):
     def run(self) -> None:
         try:
             code = self.work()
-        except ERRORS as error:
+        except Exception as error:  # whatever it is: without a code the run would look alive
             self.note(reason(error))
             code = 1
+            self.stopping.is_set() and self.warn()
         self.code = code if self.code is None else self.code
 
     def work(self) -> int:
         """Submit the run, unless the Hub has its result or a job is making it, and follow it; its exit code."""
-        backend, script, folder = self.backend, self.spec.script.resolve(), self.spec.folder.resolve()
-        name = folder.relative_to(backend.runs_dir).as_posix()
+        backend, script, folder, name = self.backend, self.spec.script.resolve(), self.spec.folder, self.name
         machine = {"torch_threads": self.threads} | ({"device": self.device} if self.device else {})
         command = ["python", script.relative_to(ROOT).as_posix(), *words_of(self.spec.flags | machine)]
         template = find_template(backend.template, command)

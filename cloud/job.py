@@ -15,7 +15,6 @@ SIGINT and SIGTERM are passed on to the command. The exit code is the command's 
 cannot be reached, 2 for bad input.
 """
 
-import ctypes
 import os
 import shlex
 import signal
@@ -29,11 +28,10 @@ from pathlib import Path
 import tyro
 from huggingface_hub.utils import disable_progress_bars
 
-from benchmark.runs import RUNS, Spec, defaults, difference, fail, flags_of, move_aside, read_result
+from benchmark.runs import RUNS, Spec, defaults, difference, dying_with_parent, fail, flags_of, move_aside, read_result
 from cloud.hub import Hub, check_name, open_hub, reason
 
 TICK, RETRY = 1.0, 60.0  # seconds between looks at the command, and between attempts to reach the Hub
-LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 @dataclass
@@ -97,18 +95,10 @@ def patiently(attempt, minutes: float, stops: list[int]):
 
 def start(command: list[str]) -> tuple[subprocess.Popen, subprocess.Popen]:
     """Start the command, which ends with this process, and a cat that prints its output: it sees no terminal."""
-    parent = os.getpid()
-
-    def die_with_parent() -> None:
-        if LIBC:
-            LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-            if os.getppid() != parent:  # it died before that
-                os.kill(os.getpid(), signal.SIGKILL)
-
     log(shlex.join(command))
     env = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}  # the command does not need it
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    process = subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=die_with_parent, **pipes)
+    process = subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=dying_with_parent(), **pipes)
     printer = subprocess.Popen(["cat"], stdin=process.stdout, start_new_session=True)
     process.stdout.close()
     return process, printer
@@ -149,6 +139,8 @@ def work(hub: Hub, args: Args, command: list[str]) -> int:
             log(f"pushed {args.name}")
         except Exception as error:
             fail(f"{args.runs_dir / args.name} is only on this machine, the push failed: {reason(error)}", code or 1)
+    elif code == 0:
+        fail(f"the command wrote nothing to {args.runs_dir / args.name}; what it wrote elsewhere is lost", 1)
     return code
 
 

@@ -127,7 +127,7 @@ def results_of(page, files, stem: str) -> str:
     mine = entries()[[bool(own(stem)) and path.stem == stem for path in entries()["script"]]]
     ran, lines = mine[mine["ran"]], []
     if not ran.empty:
-        rows = [report.describe(x) | {"environment": report.environment(x.env)} for x in ran.itertuples()]
+        rows = [report.describe(x) | {"environment": report.environment(x)} for x in ran.itertuples()]
         names = ["environment", *(name for name in report.SCORES[1:] if name != "worst … best")]
         lines += [re.sub(r"(?<![|]) (?![|[])", "\u00a0", row) for row in report.table(rows, names)]
         legend = "Training return: last 100 training episodes, mean over seeds [95 % interval]. Evaluation: afterwards."
@@ -191,9 +191,9 @@ def algorithms(page, files) -> str:
 
 def best(page, files) -> str:
     rows, commands, ran = [], [], entries()[entries()["ran"]]
-    for env, of in ran[ran["algo"] != "random_policy"].groupby("env", sort=False):
+    for _, of in ran[ran["algo"] != "random_policy"].groupby("env", sort=False):
         x = max(of.itertuples(), key=lambda x: x.finals.mean())
-        row = {"environment": report.environment(env), "script": f"<code>{link(page, files, x.script.stem)}</code>"}
+        row = {"environment": report.environment(x), "script": f"<code>{link(page, files, x.script.stem)}</code>"}
         shown = "training return", "evaluation", "seeds", "steps", "minutes"
         rows.append(row | {name: report.describe(x)[name] for name in shown})
         commands += [f"uv run {x.command}"]
@@ -241,7 +241,8 @@ def figure(row, caption: str) -> str:
 
 def scores_of(env: str) -> str:
     """Its name, with a link to its scores if there are any."""
-    return report.environment(env) if env in set(entries()["env"][entries()["ran"]]) else env.rpartition(":")[2]
+    found = [x for x in entries()[entries()["ran"]].itertuples() if x.env == env]
+    return report.environment(found[0]) if found else env.rpartition(":")[2]
 
 
 def video(page, files, stem: str, caption: str = "") -> str:

@@ -144,6 +144,7 @@ def test_task_names_are_dstacks_and_distinguish_runs():
         ("tuner/run.py search ppo", "tuner/ppo", True, "cpu"),
         ("tuner/run.py search ppo --env-id a:B-v1", "tuner/a-B-v1__ppo", True, "cpu"),
         ("tuner/run.py validate x --name y", "tuner/x", True, "cpu"),
+        ("tuner/run.py validate runs/tuner/x", "tuner/x", True, "cpu"),
     ],
 )
 def test_a_job_is_named_by_what_its_command_writes(command, name, many, template):
@@ -160,6 +161,10 @@ def test_a_task_is_the_template_and_no_secret_is_in_it():
     assert task["resources"] == original["resources"] | {"gpu": "H100:2"} and task["max_price"] == 0.5
     assert task["commands"] == [*original["commands"], "exec python cloud/job.py s/r -- python x.py 'a b'"]
     assert {"HF_TOKEN", "FOLIO_HUB=me/dev"} <= set(task["env"]) and "hf_" not in json.dumps(task)
+    for path in dstack.HERE.glob("?pu*.dstack.yml"):
+        # uv does not reach its index; as the job's exit code, 2 would mean bad input
+        commands = "uv() { return 2; }; true && " + " && ".join(yaml.safe_load(path.read_text())["commands"][1:])
+        assert subprocess.run(["bash", "-c", commands]).returncode == 1
     cores = [dstack.at_least(3, "16.."), dstack.at_least(3, 2), dstack.at_least(4, "x86:4..8")]
     assert cores == ["16..", "3..", "x86:4..8"]  # the larger of the template's and --threads
 
@@ -174,6 +179,9 @@ def test_a_task_is_the_template_and_no_secret_is_in_it():
         (dstack, "--template cloud/fleet.dstack.yml -- python algos/ppo.py"),
         (dstack, "-- python algos/ppo.py --run-dir runs/x"),
         (dstack, "submit python algos/ppo.py"),
+        (dstack, "-- python benchmark/run.py classic --runs-dir out"),
+        (dstack, "-- python tuner/run.py search ppo --studies out"),
+        (dstack, "-- python tuner/run.py search runs/tuner/x/narrow.toml"),
         (dstack, "list"),
         (job, "../x -- python algos/ppo.py"),
         (job, "x -- python benchmark/run.py"),
@@ -229,7 +237,7 @@ def test_a_suite_is_made_in_the_cloud_and_nothing_twice(cloud, clone, main, tmp_
     assert len([backend.active() for _ in range(50)]) == 50 and cloud.calls.count("ps") == before
 
 
-def test_jobs_outlive_the_runner_are_found_again_and_resumed_after_a_stop(cloud, clone, tmp_path):
+def test_jobs_outlive_the_runner_are_found_again_and_resumed_after_a_stop(cloud, clone, tmp_path, monkeypatch, capsys):
     flags = {"env_id": "A-v1", "total_timesteps": 1000, "seed": 1, "pause": 0.2}
     spec = Spec(clone / "algos/fake.py", flags, clone / "runs/s/r")
     spec.folder.parent.mkdir(parents=True)
@@ -242,6 +250,12 @@ def test_jobs_outlive_the_runner_are_found_again_and_resumed_after_a_stop(cloud,
     start()
     until((Loopback(tmp_path).bucket("me/dev") / "s/r/checkpoint.pt").exists)
     dstack.LOOK = 0.2
+    monkeypatch.setattr(dstack, "call", lambda *words, **how: 1 / 0 if "stop" in words else cloud.call(*words, **how))
+    handle = start()
+    handle.stop()
+    until(lambda: handle.poll() is not None)
+    assert handle.poll() == 1 and "dstack.py stop s/r" in capsys.readouterr().err
+    monkeypatch.setattr(dstack, "call", cloud.call)
     handle = start()
     handle.stop()
     until(lambda: handle.poll() is not None)

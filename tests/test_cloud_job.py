@@ -102,6 +102,7 @@ def test_exit_codes_are_the_commands(there, work):
     assert read_json(there.bucket(DEV) / NAME / "checkpoint.pt")["step"] == 400
     work(machine(there), "--env-id", "Bad-v1", name="bad", code=2)
     assert not [x for x in files_in(there.bucket(DEV)) if x.startswith("bad")]
+    work(machine(there), "-c", "print(1)", name="x", flags=["--many"], code=1)  # what it made is not on the Hub
     code = "import os; print(os.environ, flush=True); os.kill(os.getpid(), 9)"
     assert "FOLIO_HUB" in work(machine(there), "-c", code, name="x", flags=["--many"], code=137)  # and not the token
 

@@ -168,6 +168,8 @@ def test_the_committed_page_is_up_to_date():
     """Otherwise: python benchmark/report.py --no-collect, and commit docs/ and README.md."""
     args = report.Args()
     cells, text, figures = report.generate(args)
+    titles = re.findall("^#+ (.*)", text, re.M)
+    assert len({*map(report.anchor, titles)}) == len(titles)
     assert text == (args.out / "BENCHMARKS.md").read_text()
     assert report.readme((ROOT / "README.md").read_text(), cells) == (ROOT / "README.md").read_text()
     assert {path.name for path in (args.out / "plots").glob("*.svg")} == set(figures)
@@ -215,16 +217,23 @@ def rows_of(path) -> list[list[str]]:
 
 
 def test_html_of_any_folder_of_run_folders(tmp_path, call):
-    """Two sets of flags are two rows; what is damaged is named."""
+    """Flags or versions of the script that differ are rows of their own, with their curves; damage is named."""
     script = fake_script(tmp_path, "mine")
     entry = suites.Entry(script, "Own-v0", 1000, 3, {"learning_rate": 0.1})
     for seed in (1, 2, 3):
         finish(entry.spec("a", seed, tmp_path), returns=(float(seed),) * 50)
     finish(suites.Entry(script, "Own-v0", 1000, 1).spec("b", 1, tmp_path), returns=(7.0,) * 50)
     (finish(entry.spec("a", 4, tmp_path)) / "result.json").write_text("{}")
+    script.write_text(script.read_text() + "\nMORE = 1\n")
+    for seed in (1, 2):
+        finish(entry.spec("later", seed, tmp_path), returns=(100.0 + seed,) * 50)
     done = call(tmp_path, "--html", tmp_path / "page.html")
     found = {row[0]: row[2:5] for row in rows_of(tmp_path / "page.html") if "1 000" in row}
-    assert found["mine --learning-rate 0.1"] == ["3", "2.00 [1.00, 3.00]", "1.00 … 3.00"]
+    versions = sorted(row for label, row in found.items() if label.startswith("mine --learning-rate 0.1 "))
+    assert versions == [["2", "101.5", "101.0 … 102.0"], ["3", "2.00 [1.00, 3.00]", "1.00 … 3.00"]]
+    cells, *_ = report.generate(report.Args(tmp_path))
+    for x in cells.itertuples():
+        assert list(x.curves.iloc[-1]) == list(x.runs["final_return"])
     assert found["mine"] == ["1", "7.00", "7.00 … 7.00"] and done.code == 0 and "mine__4" in done.err
     assert "data:image/svg" in (tmp_path / "page.html").read_text()
 

@@ -74,6 +74,7 @@ def test_a_run_becomes_a_row_and_a_curve(suite, make, collect, tmp_path):
 
 def test_rows_and_curves_are_sorted_kept_and_replaced(suite, make, collect, tmp_path):
     gone, _, redone, unfinished, aside, other = make(10), make(1, 1), make(2), make(3), make(4), make(5)
+    make(101)  # flags are chosen on such seeds
     (unfinished / "result.json").unlink()
     aside.rename(aside.with_name(f"{aside.name}.old-1"))
     other.rename(other.with_name("CartPole-v1__fake_other__5"))
@@ -199,6 +200,12 @@ def test_a_run_on_both_sides_counts_once():
     assert list(table["seeds"]) == ["4, 4"] and list(table["B is"]) == ["better"] and verdicts(a, a) == []
 
 
+def test_a_run_in_two_suites_counts_once(tmp_path):
+    for name in ("a", "b"):
+        results.write(side(A__x=LOW), tmp_path / "runs" / f"{name}.csv", index=False)
+    assert len(compare.load(str(tmp_path))) == len(LOW)
+
+
 def test_compare_run_folders(tmp_path):
     """A script and a changed copy, as in docs/benchmarking.md."""
     for name, score in (("fake", 0.0), ("changed", 5.0)):
@@ -254,14 +261,16 @@ def test_track_logs_what_is_new(make, tmp_path):
     (tmp_path / "trackio.py").write_text(TRACKER)
     writer = EventFileWriter(str(folder))
 
-    def track(step):
+    def track(step, folder="toys"):
         value = Summary.Value(tag="losses/x", simple_value=step / 2)
         writer.add_event(Event(step=step, summary=Summary(value=[value])))
         writer.flush()
         options = {"cwd": tmp_path, "env": {"PYTHONPATH": f"{ROOT}:{tmp_path}"}}
-        run(ROOT / "benchmark" / "track.py", tmp_path / "toys", "--to", "trackio", **options)
+        run(ROOT / "benchmark" / "track.py", tmp_path / folder, "--to", "trackio", **options)
 
     track(10)
+    with pytest.raises(AssertionError, match="no runs in"):
+        track(10, "misspelled")
     later.rename(folder / "result.json")
     track(20)
     track(20)

@@ -182,6 +182,26 @@ def test_bad_input_is_tried_with_one_seed(house):
     assert len(list(house.runs.glob("A-*.log"))) == 1 and len(house.results()) == 3
 
 
+def test_silence_is_what_this_runner_has_heard(house, monkeypatch):
+    """When a laptop wakes up, all files are old, and no run hangs."""
+    house.suite()
+    job, now = house.job(), [0.0]
+    monkeypatch.setattr(runner.time, "monotonic", lambda: now[0])
+    job.spec.folder.mkdir(parents=True)
+    for at, changed, silent in ((5, 1, False), (60, 1, False), (66, 1, True), (67, 9, False), (128, 9, True)):
+        now[0] = at
+        (job.spec.folder / "episodes.csv").touch()
+        os.utime(job.spec.folder / "episodes.csv", (changed, changed))
+        assert job.is_silent(60) == silent
+
+
+def test_a_result_without_numbers_stops_nothing(house):
+    house.suite(seeds=1)
+    house.run()
+    next(house.runs.glob("*/result.json")).write_text('{"final_return": 1.0}')
+    assert "2 done of 2" in house.run("--seeds", 2).stdout
+
+
 def test_a_run_that_was_killed_is_a_failure_and_can_be_resumed(house):
     house.suite({"pause": 0.1}, seeds=1)
     process = house.start()
@@ -298,6 +318,7 @@ def machine(monkeypatch, tmp_path, visible: str | None, gpus: int = 0) -> None:
         ("4,5", ("1",), ["5"]),  # the second of those that this process may use
         ("4,5", ("GPU-abc",), ["GPU-abc"]),
         ("", (), []),
+        ("-1", (), []),
         ("4,5", ("2",), None),
     ],
 )

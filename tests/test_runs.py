@@ -203,6 +203,7 @@ def test_an_environment_may_be_a_pattern(tmp_path):
         ('"fake.py"\nenv = "ALE', '"gone.py"\nenv = "ALE', "gone.py"),
         ("[[entry]]", "[[entri]]", "entr"),
         ("title =", "title", "toys.toml"),
+        (SUITE, 'entry = ["ppo"]', "entry"),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path, old, new, named):

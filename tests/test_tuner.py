@@ -379,6 +379,12 @@ def test_show_reports_what_mattered_and_draws_it(found, call):
     assert len(list(found.folder.glob("*.png"))) == 3
 
 
+def test_a_search_of_nothing_can_be_shown(house, call):
+    house.space()
+    call(house, "search", "s.toml", "--minutes", 0)
+    assert call(house, "show", "s").out
+
+
 def test_a_small_search_says_so_and_does_not_recommend_the_defaults(house, call):
     house.space(RANGES, trials=3, start={"learning-rate": 0.01})
     done = call(house)
@@ -421,9 +427,29 @@ def test_validate_compares_with_the_defaults_on_fresh_seeds(found, call):
     assert found.times() == before
     call(found, "validate", "s", "--seeds", "1001-1005")
     assert path.with_name(f"{path.name}.old-1").read_text() == page != path.read_text()
-    table["final_return"] = [-10, -7.5, -9, -6, -8, -5, -7, -4]  # p = 0.057, but the interval excludes 0
-    page = tuner.validate.report(spaces.load("s.toml", {}), best, table)
-    assert "the test decides" in page and "−10.0 to −7.00" in page
+
+
+def test_a_changed_script_is_validated_anew(house, call):
+    house.space(trials=1, start={"learning-rate": 0.01})
+    call(house)
+    for _ in range(2):
+        call(house, "validate", "s", "--seeds", 4, "--jobs", 4)
+        house.script.write_text(house.script.read_text() + "\nMORE = 1\n")
+    assert len(list(house.folder.glob("validation/*/seed-*.old-1"))) == 8
+
+
+@pytest.mark.parametrize(
+    "defaults, tuned, word",
+    [
+        ([-10, -9, -8, -7], [-7.5, -6, -5, -4], "No difference found"),  # p = 0.057, but the interval excludes 0
+        (range(10, 20), [*range(9), 1000], "Worse"),  # of a higher mean, by one lucky run
+    ],
+)
+def test_the_verdict_is_that_of_the_test(defaults, tuned, word, found):
+    rows = [("defaults", x) for x in defaults] + [("trial-7", x) for x in tuned]
+    table = pd.DataFrame(rows, columns=["arm", "final_return"]).assign(seed=1001, folder="x", eval_return_mean=1.0)
+    page = tuner.validate.report(spaces.load(str(found.path / "s.toml"), {}), found.trials()[0], table)
+    assert f"**{word}**" in page and "disagree" in page
 
 
 def test_validate_refuses_what_would_show_nothing(found, call):

@@ -111,8 +111,8 @@ def try_out(space: Space, runner: Runner) -> None:
                 runner.watch()
                 time.sleep(TICK)
             if not read_args(job.spec.folder):
-                lines = [line for line in job.last_lines() if line[:2] not in ("# ", "$ ")]
-                lines = [line.strip("│╭╰╮╯─ ").removeprefix("error: ") for line in lines]
+                lines = (line for line in job.last_lines() if line[:2] not in ("# ", "$ "))
+                lines = (line.strip("│╭╰╮╯─ ").removeprefix("error: ") for line in lines)
                 why = (" " if job.code == BAD_INPUT else "\n    ").join(filter(None, lines))
                 fail(f"{space.path.name} {shlex.join(job.spec.words)}: {why}", 2 if job.code == BAD_INPUT else 1)
     runner.jobs = []
@@ -122,7 +122,7 @@ def summarize(study: optuna.Study, space: Space, folder: Path) -> None:
     """Print what a search found, and write trials.csv."""
     trials, ranked, leader = study.trials_dataframe(), ranking(study), best(study)
     trials.to_csv(folder / "trials.csv", index=False)
-    counts = trials["state"].str.lower().value_counts()
+    counts = pd.Series([x.state.name.lower() for x in study.trials], dtype=str).value_counts()
     print(f"\n{space.name}: {', '.join(f'{n} {state}' for state, n in counts.items())}; {shown(folder)}/trials.csv")
     if leader is None:
         return print("no trial is complete yet")
@@ -133,8 +133,7 @@ def summarize(study: optuna.Study, space: Space, folder: Path) -> None:
     table = pd.DataFrame(rows, columns=["trial", "state", "value", *flags])
     print(f"\n{table.to_string(index=False, float_format=lambda x: f'{x:.4g}')}\n")
     if shares:
-        parts = ", ".join(f"{flag} {share:.2f}" for flag, share in shares.items())
-        print(f"importance: {parts} (a hint, not a measurement)")
+        print("importance:", ", ".join(f"{flag} {x:.2f}" for flag, x in shares.items()), "(a hint, not a measurement)")
     tuned = sum(not x.distribution.single() for x in space.dimensions)
     if len(ranked) < 2 * tuned or counts["complete"] < min(3, len(ranked)):
         print(f"too small to conclude: {counts['complete']} of {len(ranked)} trials are complete, for {tuned} flags.")

@@ -121,6 +121,7 @@ def load_study(name: str, studies: Path, url: str | None) -> tuple[optuna.Study,
         fail(f"no study {folder.name} in {url or shown(folder)}")
     study = optuna.load_study(study_name=folder.name, storage=storage)
     content = {key: value for key, value in study.user_attrs["space"].items() if key != "code"}
+    folder.mkdir(parents=True, exist_ok=True)  # the study may have been made on other machines
     return study, read(content, folder), folder
 
 

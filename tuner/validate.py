@@ -12,6 +12,7 @@ import pandas as pd
 from optuna.trial import FrozenTrial, TrialState
 
 from benchmark import stats
+from benchmark.compare import verdict
 from benchmark.runner import Job, Runner
 from benchmark.runs import fail, move_aside, read_result, shown
 from tuner.narrow import toml
@@ -46,6 +47,7 @@ def validate(space: Space, trial: FrozenTrial, folder: Path, seeds: list[int], r
         for arm, flags in {"defaults": space.fixed, f"trial-{trial.number}": space.flags(trial)}.items():
             spec = space.spec(flags, seed, folder / "validation" / arm / f"seed-{seed}")
             runner.jobs.append(Job(f"{arm}/seed-{seed}", spec, on_gpu=any(runner.free)))
+    runner.rerun_stale = True  # of a script that has changed since; those runs are moved aside
     runner.work()
     if (code := runner.report()) or any(job.state != "done" for job in runner.jobs):
         fail("runs are missing; the same command makes them", code or 1)
@@ -71,9 +73,8 @@ def report(space: Space, trial: FrozenTrial, table: pd.DataFrame) -> str:
     difference, around = tuned.mean() - defaults.mean(), stats.difference_interval(defaults, tuned)
     chance, above = stats.improvement([tuned], [defaults])
     p = stats.rank_test(tuned, defaults)
-    verdict = "no difference found" if p > stats.ALPHA else "better" if difference > 0 else "worse"
-    note = "\nWith so few seeds the interval is too narrow; the test decides.\n"
-    note = note if p > stats.ALPHA and not around[0] <= 0 <= around[1] else ""
+    word, agree = verdict(defaults, tuned), (p > stats.ALPHA) == (around[0] <= 0 <= around[1])
+    note = "" if agree else "\nThe test, of ranks, and the interval, of means, disagree: look at each run.\n"
     scores = []
     for arm, x in arms.items():
         median, lowest, highest = map(stats.form, np.quantile(x, [0.5, 0, 1]))
@@ -84,7 +85,7 @@ def report(space: Space, trial: FrozenTrial, table: pd.DataFrame) -> str:
     script, nl = shown(space.path), "\n"
     return f"""# {space.path.stem} on {space.env}: trial {trial.number} against the defaults
 
-**{verdict.capitalize()}**: difference {stats.form(difference)}{stats.between(around)}, rank test p = {p:.3f};
+**{word.capitalize()}**: difference {stats.form(difference)}{stats.between(around)}, rank test p = {p:.3f};
 probability that a run of the trial beats one with the defaults {chance:.2f}{stats.between(above, stats.fraction)}.
 {note}
 | arm | seeds | {space.metric}, mean [95 %] | median | lowest to highest |

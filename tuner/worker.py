@@ -61,8 +61,7 @@ class Worker:
     def __init__(self, study: optuna.Study, space: Space, locks: Locks, runner: Runner) -> None:
         self.study, self.space, self.locks, self.runner = study, space, locks, runner
         self.owned: dict[int, Owned] = {}
-        self.refused: set[int] = set()
-        self.failures = 0  # in a row
+        self.refused, self.failures = set(), 0  # numbers of trials; how many in a row
         self.began, self.looked, self.ended_before = time.monotonic(), 0.0, self.ended
         self.bar = tqdm(total=space.trials, initial=self.ended, unit="trial", disable=None)
 
