@@ -401,7 +401,7 @@ def test_rewards_are_divided_by_the_deviation_of_discounted_returns(script, roll
 
 
 class Clock(gym.Env):
-    """Observes 1.7e9 and 1.7e9 + 1 in turn, which float32 cannot tell apart."""
+    """Observes 1.7e9 and 1.7e9 + 1 in turn, which float32 cannot tell apart. Every 400th step gives a reward of 1."""
 
     observation_space, action_space = Box(0, np.inf, (1,), np.float64), Box(-1, 1, (1,))
 
@@ -414,17 +414,30 @@ class Clock(gym.Env):
 
     def step(self, action):
         self.t += 1
-        return np.array([1.7e9 + self.t % 2]), 0.0, False, self.t % 20 == 0, {}
+        return np.array([1.7e9 + self.t % 2]), float(self.t % 400 == 0), False, self.t % 20 == 0, {}
+
+
+@pytest.fixture
+def clock():
+    gym.register("Test/Clock-v0", Clock)
+    yield "Test/Clock-v0"
+    del gym.registry["Test/Clock-v0"]
 
 
 @pytest.mark.parametrize("script", NORMALIZING)
-def test_large_observations_are_told_apart(script, rollouts):
-    gym.register("Test/Clock-v0", Clock)
-    _, found = rollouts(script, 8, 2, 2, env_id="Test/Clock-v0", norm_obs=True)
+def test_large_observations_are_told_apart(script, rollouts, clock):
+    _, found = rollouts(script, 8, 2, 2, env_id=clock, norm_obs=True)
     assert (found[0].obs == 10).all()  # before the first update they are only clipped
     expected = np.where(np.arange(8) % 2, 1, -1)[:, None, None]
     np.testing.assert_allclose(found[1].obs, np.broadcast_to(expected, (8, 2, 1)), atol=1e-4)
-    del gym.registry["Test/Clock-v0"]
+
+
+@pytest.mark.parametrize("script", NORMALIZING)
+def test_rare_rewards_are_clipped(script, rollouts, clock):
+    """The first reward, after 400 steps, is 20 standard deviations."""
+    _, found = rollouts(script, 100, 1, 4, env_id=clock, norm_reward=True, gamma=0.0)
+    rewards = np.concatenate([x.rewards for x in found])
+    assert (rewards[:-1] == 0).all() and rewards[-1] == 10
 
 
 # --------------------------------------------------------------------------------------------------------------- Atari

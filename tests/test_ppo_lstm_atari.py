@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import test_ppo_lstm
 import torch
-from conftest import episodes, load, make_agent
+from conftest import episodes, load, make_agent, saved_agent
 from environments import FakeChoices
 from test_ppo import ExtraLives, gradients
 from torch import nn
@@ -81,7 +81,7 @@ def test_games_hold_what_happened(life_loss, train, spy, monkeypatch):
     ExtraLives.install(monkeypatch, lstm)
     gaes, losses = spy(lstm, "gae"), spy(lstm, "ppo_loss")
     flags = {"num_envs": N, "num_steps": T, "total_timesteps": iterations * N * T, "num_minibatches": 2}
-    train("ppo_lstm_atari", life_loss=life_loss, norm_obs=True, update_epochs=3, **flags)
+    folder = train("ppo_lstm_atari", life_loss=life_loss, norm_obs=True, update_epochs=3, **flags)
     game, t = np.divmod(np.arange(T * iterations)[:, None], 10 + np.arange(N))
     ends, lost, values = t + 1 == 10 + np.arange(N), life_loss & np.isin(t + 1, [4, 7]), 1000 * game + 11 * t + 1
     terminations = ends & (game % 2 == 0) | lost
@@ -99,6 +99,10 @@ def test_games_hold_what_happened(life_loss, train, spy, monkeypatch):
         np.testing.assert_array_equal(begins, t[rows, order[i]] == 0)
         before = t[rows.start - 1, order[i]] + 1 if i >= 6 else np.zeros(2)  # the rollout
         np.testing.assert_array_equal(given["state"], np.broadcast_to(before[:, None], (2, 2, 32)))
+    seen = np.stack([game, t], -1)[::8]  # the first two pixels, in the statistics every eighth step
+    stats = saved_agent("ppo_lstm_atari", folder)[0].obs_stats
+    np.testing.assert_allclose(stats.mean[0, :2], seen.mean((0, 1)) / 255)
+    assert stats.count == seen.shape[0] * N
     assert all(sorted(a + b) == [0, 1, 2, 3] for a, b in zip(order[::2], order[1::2])) and len(set(map(str, order))) > 2
 
 
