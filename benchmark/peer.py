@@ -39,8 +39,8 @@ def sb3(job: dict, env_id: str) -> None:
     if job["anneal"]:
         initial = arguments["learning_rate"]
         arguments["learning_rate"] = lambda left: left * initial
-    policy = "CnnPolicy" if is_atari else "MlpPolicy"
-    model = algorithm(policy, env, seed=job["seed"], device=job["device"], **arguments)
+    arguments |= {"policy": "CnnPolicy" if is_atari else "MlpPolicy", "seed": job["seed"], "device": job["device"]}
+    model = algorithm(env=env, **arguments)
     if first := arguments.get("learning_starts", 0):
         model.learn(first)  # random actions, which do not count
     started = time.perf_counter()

@@ -59,14 +59,15 @@ class Args:
 
 def cell(entry: suites.Entry, found: pd.DataFrame, curves: pd.DataFrame, **more) -> dict:
     """An entry with its runs, as a row of the table that all parts of the page are made from."""
-    finals = found["final_return"].to_numpy(float)
+    finals, evals = found["final_return"].to_numpy(float), found["eval_mean"].dropna().to_numpy(float)
     is_ours = entry.script.parent == runs.SCRIPTS
     flags = {"env_id": entry.env, "total_timesteps": entry.steps} | dict(sorted(entry.flags.items())) | {"seed": 1}
     command = f"python {'algos/' * is_ours}{entry.script.name} {shlex.join(runs.words_of(flags))}"
     row = vars(entry) | {"algo": entry.algo, "label": entry.script.stem, "command": command, "is_ours": is_ours}
     row |= {"runs": found, "curves": curves, "peers": [], "protocol": "", "finals": finals, "ran": len(finals) > 0}
     row["target"] = math.nan if entry.target is None else entry.target
-    return row | {"met": len(finals) > 0 and not finals.mean() < row["target"], "heading": entry.env} | more
+    row |= {"evals": evals, "scores": evals if entry.evaluated else finals, "heading": entry.env}
+    return row | {"met": len(row["scores"]) > 0 and not row["scores"].mean() < row["target"]} | more
 
 
 def read_suites(args: Args, reference: pd.DataFrame) -> pd.DataFrame:
@@ -133,14 +134,14 @@ def normalized(of: pd.DataFrame, reference: pd.DataFrame) -> dict[str, dict[str,
     """Algorithm -> environment -> scores, on a scale from random (0) to the target or, on Atari, to human (1)."""
     known, found = reference.set_index(["source", "algo", "env_id"])["score"], {}
     targets, chance = of.groupby("env")["target"].max(), of["algo"] == "random_policy"
-    measured = of[chance & of["ran"]].set_index("env")["finals"].map(np.mean)
+    measured = of[chance & of["ran"]].set_index("env")["scores"].map(np.mean)
     for x in of[of["ran"] & ~chance].itertuples():
         source = "DQN Zoo" if x.env.startswith("ALE/") else "SLM-Lab"
         low, high = (known.get((source, name, x.env), math.nan) for name in ("random", "human"))
         low = low if x.env.startswith("ALE/") else measured.get(x.env, low)
         high = targets[x.env] if math.isnan(high) else high
         if high > low:
-            found.setdefault(x.algo, {})[x.env] = (x.finals - low) / (high - low)
+            found.setdefault(x.algo, {})[x.env] = (x.scores - low) / (high - low)
     return found
 
 
@@ -165,7 +166,7 @@ def describe(x) -> dict[str, str]:
     row["seeds"] += "†" * int((found["code"] != runs.code_hash(x.script.read_text())).any())
     row["training return"] = f"**{form(x.finals.mean())}**" + between(stats.mean_interval(x.finals))
     row["worst … best"] = f"{form(x.finals.min())} … {form(x.finals.max())}"
-    row["evaluation"] = with_interval(found["eval_mean"].dropna().to_numpy(float))
+    row["evaluation"] = with_interval(x.evals)
     row["target"] += "" if math.isnan(x.target) else " met" if x.met else " **not met**"
     row |= {"minutes": form(found["minutes"].median()), "median": form(np.median(x.finals))}
     row["steps/s"] = whole(found["sps"].median())
@@ -231,7 +232,8 @@ def summary(cells: pd.DataFrame) -> list[str]:
 def missed_targets(cells: pd.DataFrame) -> list[str]:
     lines = []
     for x in cells[cells["ran"]].itertuples():
-        missed = [] if x.met else [f"training return {form(x.finals.mean())}, target {exact(x.target)}"]
+        measure = "evaluation" * x.evaluated or "training return"
+        missed = [] if x.met else [f"{measure} {form(x.scores.mean())}, target {exact(x.target)}"]
         missed += [peer["short"] for peer in x.peers if peer["is below"]]
         lines += [f"- `{x.label}` on {x.env}: {'; '.join(missed)}. {x.tried}".strip()] * bool(missed)
     return [f"## {BELOW}", "", *lines] if lines else []

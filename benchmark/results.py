@@ -20,14 +20,13 @@ import numpy as np
 import pandas as pd
 
 from benchmark import runs, stats
-from benchmark.suites import Entry, Suite
+from benchmark.suites import RESERVED, Entry, Suite
 
 RESULTS, REFERENCE = runs.ROOT / "benchmark" / "results", runs.ROOT / "benchmark" / "reference.csv"
 KEY = ["env", "script", "seed"]
 TEXTS = ["env", "script", "flags", "torch", "cpu", "gpu", "commit", "code", "sha256", "started"]
 NUMBERS = ["final_return", "slm_score", "eval_mean", "eval_std", "eval_episodes", "minutes", "sps", "memory_mb"]
 COLUMNS = [*KEY, "steps", "flags", *NUMBERS, "threads", *TEXTS[3:]]
-GIVEN = {"env_id", "total_timesteps", "seed"}  # flags that have columns of their own
 DAMAGE = OSError, ValueError, KeyError, TypeError, SyntaxError  # raised by reading a damaged run folder
 MUJOCO = "Ant|HalfCheetah|Hopper|Humanoid|HumanoidStandup|Inverted(Double)?Pendulum|Pusher|Reacher|Swimmer|Walker2d"
 SLM_LOGS = {"CartPole|Acrobot|Pendulum": 500, "LunarLander(Continuous)?": 1000, MUJOCO: 10_000, "ALE/.*": 10_000}
@@ -60,7 +59,7 @@ def read_run(folder: Path, flags: dict | None = None) -> dict:
     args, script = about["args"], folder / Path(about["command"][0]).name
     env, steps, source = args["env_id"], args["total_timesteps"], script.read_text()
     if flags is None:
-        usual = {k: v for k, v in runs.defaults(source).items() if k in args.keys() - runs.NEUTRAL - GIVEN}
+        usual = {k: v for k, v in runs.defaults(source).items() if k in args.keys() - runs.NEUTRAL - RESERVED}
         flags = {k: args[k] for k, v in usual.items() if runs.canonical(args[k]) != runs.canonical(v)}
     if result["final_return"] is None or not math.isfinite(result["final_return"]):
         raise ValueError("no training episode ended")

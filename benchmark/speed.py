@@ -92,8 +92,7 @@ def measure_ours(args: Args, preset: dict | None, seed: int, steps: int, extra: 
         about, result = runs.read_args(Path(name) / "run"), runs.read_result(Path(name) / "run")
         sps = result["sps"]
         if first := about["args"].get("learning_starts"):
-            rows = runs.read_episodes(Path(name) / "run")
-            rows = rows[rows["step"] > first]
+            rows = runs.read_episodes(Path(name) / "run").query(f"step > {first}")
             if len(rows) < 2:
                 fail("fewer than two episodes ended after the first update; raise --total-timesteps")
             sps = np.ptp(rows["step"]) / np.ptp(rows["seconds"])

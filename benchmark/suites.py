@@ -10,12 +10,12 @@ A suite is a TOML file, in benchmark/suites/ or elsewhere. An entry is a script 
     env = "CartPole-v1"         # or a pattern, "ALE/*": all environments of the entries above that fit it
     steps = 200_000
     flags = { learning-rate = 1e-3, clip-vloss = false, env-kwargs = { gravity = -5.0 } }       # optional
-    target = 475.0              # optional: what the mean of final_return over the seeds should reach
+    target = 475.0              # optional: what the mean training return, or if `evaluated`, evaluation should reach
     why = "the default choice"  # optional: what the entry is for
     tried = "a larger batch"    # optional: what was tried, if it misses its target
 
-`script`, `steps`, and `seeds` may stand at the top instead, for all entries, and beside them `protocol`, a sentence for
-the page. Names are checked here, before anything starts; values by the script itself. No script is imported.
+`script`, `steps`, `seeds`, and `evaluated` (true) may stand at the top instead, for all entries; `protocol`, a text for
+the page, only there. Names are checked here, before anything starts; values by the script itself.
 """
 
 import difflib
@@ -30,9 +30,8 @@ from benchmark.runs import RUNS, SCRIPTS, Spec, defaults
 SUITES = Path(__file__).resolve().parent / "suites"
 RESERVED = {"env_id", "total_timesteps", "seed", "run_dir", "resume", "evaluate", "torch_threads", "device"}
 KINDS = {"script": str, "env": str, "steps": int, "seeds": int, "flags": dict}
-KINDS |= {"target": float, "why": str, "tried": str}
-REQUIRED = "script", "env", "steps", "seeds"
-COMMON = {"script", "steps", "seeds"}  # may stand at the top
+KINDS |= {"target": float, "evaluated": bool, "why": str, "tried": str}
+COMMON = {"script", "steps", "seeds", "evaluated"}  # may stand at the top
 TOP = {"title": str, "protocol": str, "entry": list} | {key: KINDS[key] for key in COMMON}
 
 
@@ -48,6 +47,7 @@ class Entry:
     seeds: int
     flags: dict = field(default_factory=dict)  # by the names of the script's Args
     target: float | None = None
+    evaluated: bool = False
     why: str = ""
     tried: str = ""
 
@@ -149,7 +149,7 @@ def load(name_or_path: str | Path) -> Suite:
     for number, row in enumerate(expand(content["entry"]), 1):
         row = {key: content[key] for key in COMMON & content.keys()} | row
         where = f"suite {path.stem}, entry {number} ({row.get('script')}, {row.get('env')})"
-        check_keys(row, KINDS, REQUIRED, where)
+        check_keys(row, KINDS, ("script", "env", "steps", "seeds"), where)
         if "*" in row["env"]:
             raise SuiteError(f"{where}: no environment of the entries above fits the pattern")
         script, known = find_script(row["script"], path.parent, where)

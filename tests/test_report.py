@@ -122,6 +122,15 @@ def test_what_falls_short_is_listed_once_with_what_was_tried(toys):
     assert "410.0, CleanRL has 490.04" in line and line.endswith(". More was worse.")
 
 
+def test_a_target_may_be_for_the_evaluation(tmp_path):
+    """Here it is 50 higher than the training return of 1; and an environment's scale is for the same score."""
+    for evaluated, met in ((False, False), (True, True)):
+        entry = suites.Entry(fake_script(tmp_path), "A-v1", 1000, 1, target=51.0, evaluated=evaluated)
+        found = pd.DataFrame({"final_return": [1.0], "eval_mean": [51.0]})
+        row = pd.Series(report.cell(entry, found, pd.DataFrame()))
+        assert row["met"] == met and row["scores"] == [51.0 if evaluated else 1.0]
+
+
 def test_a_row_is_of_one_version_of_the_script():
     def chosen(*codes: str) -> list[int]:
         return list(report.one_version(pd.DataFrame({"code": list(codes)}), "now").index)
@@ -145,7 +154,7 @@ def test_scores_are_on_one_scale():
     rows += [("Unknown-v0", "ppo", 1, 1), ("Acrobot-v1", "ppo", -500, 0)]  # no random score; a target below it
     rows += [("Own-v0", "random_policy", np.nan, 0.5), ("Own-v0", "sac", 1, 0.75)]  # a random score of our own
     cells = pd.DataFrame(rows, columns=["env", "algo", "target", "score"]).assign(ran=True)
-    cells["finals"] = [np.array([score]) for score in cells["score"]]
+    cells["scores"] = [np.array([score]) for score in cells["score"]]
     scores = report.normalized(cells, pd.read_csv(results.REFERENCE))
     found = {f"{algo} {env}": score for algo, by_env in scores.items() for env, (score,) in by_env.items()}
     expected = {"ppo CartPole-v1": 1, "ppo ALE/Pong-v5": 1, "dqn CartPole-v1": 0, "sac Own-v0": 0.5}
