@@ -14,15 +14,15 @@
 
 Papers: Bhatt et al. 2024, arXiv:1902.05605v4 (CrossQ); Ioffe 2017, arXiv:1702.03275 (batch renormalization).
 
-Details that matter (as in the authors' code unless noted):
+Details that matter, besides those of sac_continuous.py (as in the authors' code unless noted):
 - One forward pass values (s, a) and (s', a') together, so that the batch statistics are those of both distributions.
 - Normalization precedes every linear layer, also the first. Its warm-up counts the updates of its own network.
 - The actor's loss uses the batch statistics of the actor, and updates them; it uses running statistics of the critics.
   Running statistics of the actor choose the next actions, of the TD targets too.
 - The actor and the temperature learn in every third update of the critics. Adam's first beta is 0.5.
 - The authors' critics have 2048 units, which take 35 times as long on a CPU: --critic-hidden-size 2048 (on a GPU).
-- Different here: renormalization as in Ioffe's paper also where a variance is near 0, SAC's bounds of the standard
-  deviation as in sac_continuous.py, PyTorch's initialization.
+- Different here: renormalization as in Ioffe's paper also where a variance is near 0, the bounds of the standard
+  deviation and the temperature's loss (on log alpha) of sac_continuous.py, PyTorch's initialization.
 
 Not included: weight normalization, which more updates per step (--utd) need (arXiv:2502.07523).
 """
@@ -68,7 +68,7 @@ class Args:
     random_repeat: int = 1  # steps for which each of these random actions is repeated
     utd: int = 1  # updates per environment step (update-to-data ratio)
     batch_size: int = 256  # transitions per update (B)
-    policy_delay: int = 3  # updates of the critics for each one of the actor and the temperature
+    policy_delay: int = 3  # updates of the critics for one of the actor and the temperature
     policy_lr: float = 1e-3  # initial learning rate of the actor
     q_lr: float = 1e-3  # initial learning rate of the critics and of the temperature
     anneal_lr: bool = False  # anneal the learning rates linearly to 0
@@ -80,7 +80,7 @@ class Args:
     alpha: float = 0.2  # temperature, if it is not tuned
     hidden_size: int = 256  # width of the two hidden layers of the actor
     critic_hidden_size: int = 256  # of the critics; the paper has 2048
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # "medium" is faster on many CPUs
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # "medium": faster on AMD, less exact on GPUs
 
     # The run
     run_dir: str = ""  # run folder; default: runs/{env}__{algo}__{seed}__{UTC time}
@@ -88,7 +88,7 @@ class Args:
     evaluate: str = ""  # evaluate the agent of the run in this folder instead of training
     eval_episodes: int = 20  # episodes of the evaluation
     video: bool = False  # record a video of the first one
-    device: Literal["cpu", "cuda"] = "cpu"  # for networks this small the CPU is faster
+    device: Literal["cpu", "cuda"] = "cpu"  # networks this small keep a GPU waiting
     torch_threads: int = 1  # CPU threads of PyTorch; 0: PyTorch's default
     compile: bool = False  # torch.compile the losses
     checkpoint_every: int = 100_000  # steps; a checkpoint restarts the environments and discards unfinished episodes
@@ -302,7 +302,7 @@ def critic_loss(agent, args, noise, obs, actions, rewards, next_obs, termination
     The soft TD target is r + gamma (min_i Q_i(s', a') - alpha log pi(a'|s')), a' ~ pi(.|s'). There is no target
     network: Q(s', a') comes from the pass that computes Q(s, a). It is a constant for the gradient, but as part of the
     batch it shapes the statistics by which Q(s, a) is normalized. The noise (B, A) of a' is an argument so that the
-    loss is the same, compiled or not.
+    loss depends on its inputs and the statistics alone, compiled or not.
     """
     # The observation that ended an episode has no value, but is part of the batch: keep it finite
     next_obs = torch.where(terminations[:, None], next_obs.nan_to_num(0, 0, 0), next_obs)

@@ -77,7 +77,7 @@ class Args:
     tau: float = 0.005  # update rate of the target networks
     exploration_noise: float = 0.1  # standard deviation of the noise on actions in [-1, 1]
     hidden_size: int = 256  # width of the two hidden layers
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # "medium" is faster on many CPUs
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # "medium": faster on AMD, less exact on GPUs
 
     # The run
     run_dir: str = ""  # run folder; default: runs/{env}__{algo}__{seed}__{UTC time}
@@ -85,7 +85,7 @@ class Args:
     evaluate: str = ""  # evaluate the agent of the run in this folder instead of training
     eval_episodes: int = 20  # episodes of the evaluation
     video: bool = False  # record a video of the first one
-    device: Literal["cpu", "cuda"] = "cpu"  # for networks this small the CPU is faster
+    device: Literal["cpu", "cuda"] = "cpu"  # networks this small keep a GPU waiting
     torch_threads: int = 1  # CPU threads of PyTorch; 0: PyTorch's default
     compile: bool = False  # torch.compile the losses
     checkpoint_every: int = 100_000  # steps; a checkpoint restarts the environments and discards unfinished episodes

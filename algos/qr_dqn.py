@@ -85,7 +85,7 @@ class Args:
     evaluate: str = ""  # evaluate the agent of the run in this folder instead of training
     eval_episodes: int = 20  # episodes of the evaluation
     video: bool = False  # record a video of the first one
-    device: Literal["cpu", "cuda"] = "cpu"  # for networks this small the CPU is faster
+    device: Literal["cpu", "cuda"] = "cpu"  # networks this small keep a GPU waiting
     torch_threads: int = 1  # CPU threads of PyTorch; 0: PyTorch's default
     compile: bool = False  # torch.compile the loss
     checkpoint_every: int = 100_000  # steps; a checkpoint restarts the environments and discards unfinished episodes
@@ -209,7 +209,7 @@ def linear_schedule(start: float, end: float, duration: float, t: float) -> floa
 
 
 def quantile_huber_loss(quantiles: Tensor, targets: Tensor, kappa: float) -> Tensor:
-    """QR-DQN eq. 10, divided by kappa: quantiles (B, M) against every target (B, M), (B,)."""
+    """QR-DQN eq. 10, divided by kappa: quantiles (..., M) against every target (..., K), (...)."""
     errors = targets.unsqueeze(-2) - quantiles.unsqueeze(-1)  # (B, M quantiles, M targets)
     M = quantiles.shape[-1]
     fractions = (torch.arange(M, device=errors.device).unsqueeze(-1) + 0.5) / M  # midpoints, lemma 2

@@ -77,7 +77,7 @@ class Args:
     evaluate: str = ""  # evaluate the agent of the run in this folder instead of training
     eval_episodes: int = 20  # episodes of the evaluation
     video: bool = False  # record a video of the first one
-    device: Literal["cpu", "cuda"] = "cpu"  # for networks this small the CPU is faster
+    device: Literal["cpu", "cuda"] = "cpu"  # networks this small keep a GPU waiting
     torch_threads: int = 1  # CPU threads of PyTorch; 0: PyTorch's default
     compile: bool = False  # torch.compile the loss
     checkpoint_every: int = 100_000  # steps; a checkpoint restarts the environments and discards unfinished episodes

@@ -8,22 +8,24 @@
 """Soft actor-critic (SAC) for vector observations and continuous actions.
 
     uv run sac_continuous.py                              # Pendulum-v1; or: python sac_continuous.py
-    uv run sac_continuous.py --env-id HalfCheetah-v5 --total-timesteps 1000000
+    uv run sac_continuous.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --learning-starts 10000
     uv run sac_continuous.py --resume runs/Pendulum-v1__sac_continuous__1__...
     uv run sac_continuous.py --evaluate runs/Pendulum-v1__sac_continuous__1__... --video
 
 Paper: Haarnoja et al. 2018, "Soft Actor-Critic Algorithms and Applications", arXiv:1812.05905 (SAC).
 
 It maximizes the return plus alpha (the temperature) times the entropy of the policy, from replayed transitions.
+The entropy takes the place of the noise, the delay, and the target actor of td3_continuous.py.
 
 Details that matter:
 - Twin critics: targets and the actor use their minimum, because an actor that maximizes a critic exploits its errors.
 - The Gaussian is squashed by tanh, which changes its density; the correction is computed in a form that stays finite.
 - The logarithm of the standard deviation is squashed smoothly into [-5, 2]. The temperature is tuned on log alpha.
+- Learning rates and these bounds are CleanRL's. The authors have 3e-4 for all, and clip the logarithm to [-20, 2].
 - A truncated episode (time limit) bootstraps from its real final observation; a terminated one does not bootstrap.
-- Checkpoints restart environments and random numbers; on one CPU a resumed run repeats an uninterrupted one exactly.
 
-Not included: discrete actions (sac_discrete.py), normalized observations (ppo_continuous.py), images.
+Not included: discrete actions (sac_discrete.py), normalized observations (simbav2_continuous.py), images.
+Read tqc_continuous.py, crossq_continuous.py, or simbav2_continuous.py next.
 """
 
 import importlib.metadata
@@ -75,10 +77,10 @@ class Args:
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # update rate of the target critics
     autotune: bool = True  # tune the temperature to an entropy of -dim(A)
-    alpha: float = 0.2  # temperature, if it is not tuned
+    alpha: float = 0.2  # temperature, if it is not tuned; tuned, it starts at 1
     hidden_size: int = 256  # width of the two hidden layers
     bf16: bool = False  # hidden layers in bfloat16: faster where the processor has it
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # "medium" is faster on many CPUs
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # "medium": faster on AMD, less exact on GPUs
 
     # The run
     run_dir: str = ""  # run folder; default: runs/{env}__{algo}__{seed}__{UTC time}
@@ -86,7 +88,7 @@ class Args:
     evaluate: str = ""  # evaluate the agent of the run in this folder instead of training
     eval_episodes: int = 20  # episodes of the evaluation
     video: bool = False  # record a video of the first one
-    device: Literal["cpu", "cuda"] = "cpu"  # for networks this small the CPU is faster
+    device: Literal["cpu", "cuda"] = "cpu"  # networks this small keep a GPU waiting
     torch_threads: int = 1  # CPU threads of PyTorch; 0: PyTorch's default
     compile: bool = False  # torch.compile the losses
     checkpoint_every: int = 100_000  # steps; a checkpoint restarts the environments and discards unfinished episodes

@@ -19,8 +19,8 @@ Details that matter, besides those of sac_continuous.py; they follow the authors
 - Observations are normalized by running statistics; an appended constant keeps their size visible on the sphere.
 - Rewards are divided by the standard deviation of the discounted return, or by more if returns exceed the support.
 - Critics learn a distribution by cross-entropy. Its target comes from the critic with the smaller mean.
-- Networks are smaller than the paper's, for CPUs. The paper's: --hidden-size 512 --num-blocks 2 --utd 2.
-- Not the authors': mean and deviation share a head; actor and critics step together. Not included: a single critic.
+- Networks are smaller than the paper's, for CPUs. The paper's: --critic-hidden-size 512 --num-blocks 2.
+- Not the authors': mean and deviation share a head, all step together, a loss on log alpha. Not included: one critic.
 """
 
 import importlib.metadata
@@ -63,21 +63,21 @@ class Args:
     buffer_size: int = 1_000_000  # transitions in the replay buffer
     learning_starts: int = 5_000  # environment steps with random actions before the first update
     random_repeat: int = 1  # steps for which each of these random actions is repeated
-    utd: int = 1  # updates per environment step
+    utd: int = 1  # updates per environment step (update-to-data ratio)
     batch_size: int = 256  # transitions per update (B)
     learning_rate: float = 1e-4  # initial learning rate of Adam
     learning_rate_end: float = 5e-5  # learning rate at the end, annealed linearly
-    gamma: float = 0.995  # discount factor
+    gamma: float = 0.995  # discount factor; the authors: 1 - 5 / T for episodes of T steps, within [0.95, 0.995]
     tau: float = 0.005  # update rate of the target critics
     autotune: bool = True  # tune the temperature to an entropy of -dim(A) / 2
     alpha: float = 0.01  # temperature, at first or if it is not tuned
-    hidden_size: int = 128  # width of the critics
+    critic_hidden_size: int = 128  # width of the critics
     num_blocks: int = 1  # residual blocks of each critic
-    actor_hidden_size: int = 128  # width of the actor, which has one block
+    hidden_size: int = 128  # width of the actor, which has one block
     v_max: float = 5.0  # the critics' support is [-v_max, v_max], in scaled rewards
     norm_obs: bool = True  # normalize observations by running statistics
     norm_reward: bool = True  # divide rewards by the scale of the discounted return
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # "medium" is faster on many CPUs
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # "medium": faster on AMD, less exact on GPUs
 
     # The run
     run_dir: str = ""  # run folder; default: runs/{env}__{algo}__{seed}__{UTC time}
@@ -85,7 +85,7 @@ class Args:
     evaluate: str = ""  # evaluate the agent of the run in this folder instead of training
     eval_episodes: int = 20  # episodes of the evaluation
     video: bool = False  # record a video of the first one
-    device: Literal["cpu", "cuda"] = "cpu"  # for networks this small the CPU is faster
+    device: Literal["cpu", "cuda"] = "cpu"  # networks this small keep a GPU waiting
     torch_threads: int = 1  # CPU threads of PyTorch; 0: PyTorch's default
     compile: bool = False  # torch.compile the losses
     checkpoint_every: int = 100_000  # steps; a checkpoint restarts the environments and discards unfinished episodes
@@ -133,7 +133,7 @@ class Critics(nn.Module):
     def __init__(self, obs_dim: int, action_dim: int, args: Args) -> None:
         super().__init__()
         self.register_buffer("atoms", torch.linspace(-args.v_max, args.v_max, 101), persistent=False)
-        sizes = obs_dim + action_dim, args.hidden_size, args.num_blocks, len(self.atoms)
+        sizes = obs_dim + action_dim, args.critic_hidden_size, args.num_blocks, len(self.atoms)
         self.qf1, self.qf2 = SphereNet(*sizes), SphereNet(*sizes)
 
     def log_probs(self, obs: Tensor, actions: Tensor) -> Tensor:
@@ -165,12 +165,12 @@ class RunningMeanStd(nn.Module):
 
 
 class Agent(nn.Module):
-    """Actor, critics, temperature, and running statistics. `sample` and `act` take raw observations."""
+    """Actor, critics, temperature, running statistics. `sample` and `act`: raw observations -> actions in [-1, 1]."""
 
     def __init__(self, envs: gym.vector.VectorEnv, args: Args) -> None:
         super().__init__()
         (obs_dim,), (action_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
-        self.actor = SphereNet(obs_dim, args.actor_hidden_size, 1, 2 * action_dim)
+        self.actor = SphereNet(obs_dim, args.hidden_size, 1, 2 * action_dim)
         self.critics = Critics(obs_dim, action_dim, args)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)), requires_grad=args.autotune)
         self.obs_stats, self.return_stats = RunningMeanStd(obs_dim), RunningMeanStd()
@@ -353,11 +353,12 @@ def alpha_loss(agent, entropy: Tensor, target_entropy: float) -> Tensor:
 
 
 def train(args: Args) -> None:
-    """SAC, algorithm 1, with N environments in parallel."""
+    """SimbaV2, with N environments in parallel."""
     N, device = args.num_envs, args.device
     envs, obs = start_envs(args, "train", 0, N)  # seeds everything
     agent = Agent(envs, args).to(device)
     target = deepcopy(agent.critics).requires_grad_(False)
+    actor_parameters = list(agent.actor.parameters())
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
     replay = ReplayBuffer(args.buffer_size, envs)
     target_entropy = -envs.single_action_space.shape[0] / 2  # -dim(A) / 2
@@ -399,11 +400,11 @@ def train(args: Args) -> None:
                 batch = replay.sample(args.batch_size, device)
                 batch[0], batch[2], batch[3] = agent.normalize(batch[0]), batch[2] / scale, agent.normalize(batch[3])
                 noise = torch.randn(2, *batch[1].shape, device=device)
-                optimizer.zero_grad()
                 loss, critic_metrics = critic_loss_fn(agent, target, args, noise[0], *batch)
+                optimizer.zero_grad()
                 loss.backward()
                 loss, entropy, actor_metrics = actor_loss_fn(agent, noise[1], batch[0])
-                loss.backward(inputs=list(agent.actor.parameters()))  # not the critics' weights
+                loss.backward(inputs=actor_parameters)  # not the critics' weights
                 if args.autotune:
                     alpha_loss(agent, entropy, target_entropy).backward()
                 optimizer.step()

@@ -24,7 +24,7 @@ Details that matter:
 - Networks, batch, and learning rates are those of the authors' code (sfujim/TD3), which is newer than the paper. As in
   the paper, `learning_starts` is 1,000; use 10,000 on HalfCheetah and Ant. Their code and CleanRL have 25,000.
 
-Not included: normalized observations (ppo_continuous.py), images. Read sac_continuous.py next.
+Not included: normalized observations (simbav2_continuous.py), images. Read sac_continuous.py next.
 """
 
 import importlib.metadata
@@ -80,7 +80,7 @@ class Args:
     policy_noise: float = 0.2  # standard deviation of the noise on the target's actions
     noise_clip: float = 0.5  # its largest absolute value (c)
     hidden_size: int = 256  # width of the two hidden layers
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # "medium" is faster on many CPUs
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # "medium": faster on AMD, less exact on GPUs
 
     # The run
     run_dir: str = ""  # run folder; default: runs/{env}__{algo}__{seed}__{UTC time}
@@ -88,7 +88,7 @@ class Args:
     evaluate: str = ""  # evaluate the agent of the run in this folder instead of training
     eval_episodes: int = 20  # episodes of the evaluation
     video: bool = False  # record a video of the first one
-    device: Literal["cpu", "cuda"] = "cpu"  # for networks this small the CPU is faster
+    device: Literal["cpu", "cuda"] = "cpu"  # networks this small keep a GPU waiting
     torch_threads: int = 1  # CPU threads of PyTorch; 0: PyTorch's default
     compile: bool = False  # torch.compile the losses
     checkpoint_every: int = 100_000  # steps; a checkpoint restarts the environments and discards unfinished episodes

@@ -81,7 +81,7 @@ class Args:
     n_quantiles: int = 25  # quantiles of each critic (M)
     top_quantiles_to_drop_per_net: int = 2  # the target drops this many times C of its C * M quantiles, the largest (d)
     hidden_size: int = 256  # width of the two hidden layers
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # "medium" is faster on many CPUs
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # "medium": faster on AMD, less exact on GPUs
 
     # The run
     run_dir: str = ""  # run folder; default: runs/{env}__{algo}__{seed}__{UTC time}
@@ -89,7 +89,7 @@ class Args:
     evaluate: str = ""  # evaluate the agent of the run in this folder instead of training
     eval_episodes: int = 20  # episodes of the evaluation
     video: bool = False  # record a video of the first one
-    device: Literal["cpu", "cuda"] = "cpu"  # for networks this small the CPU is faster
+    device: Literal["cpu", "cuda"] = "cpu"  # networks this small keep a GPU waiting
     torch_threads: int = 1  # CPU threads of PyTorch; 0: PyTorch's default
     compile: bool = False  # torch.compile the losses
     checkpoint_every: int = 100_000  # steps; a checkpoint restarts the environments and discards unfinished episodes
@@ -270,7 +270,7 @@ def truncate(quantiles: Tensor, drop_per_net: int) -> Tensor:
 
 
 def quantile_huber_loss(quantiles: Tensor, targets: Tensor, kappa: float) -> Tensor:
-    """QR-DQN eq. 10, divided by kappa: quantiles (B, M) against every target (B, M), (B,)."""
+    """QR-DQN eq. 10, divided by kappa: quantiles (..., M) against every target (..., K), (...)."""
     errors = targets.unsqueeze(-2) - quantiles.unsqueeze(-1)  # (B, M quantiles, M targets)
     M = quantiles.shape[-1]
     fractions = (torch.arange(M, device=errors.device).unsqueeze(-1) + 0.5) / M  # midpoints, lemma 2
@@ -311,7 +311,7 @@ def alpha_loss(agent, entropy: Tensor, target_entropy: float) -> Tensor:
 
 
 def train(args: Args) -> None:
-    """TQC with N environments in parallel."""
+    """TQC, with N environments in parallel."""
     N, device = args.num_envs, args.device
     envs, obs = start_envs(args, "train", 0, N)  # seeds everything
     agent = Agent(envs, args).to(device)

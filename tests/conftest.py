@@ -86,7 +86,6 @@ TINY = {  # each is passed to the scripts that have it; together, a run of less 
     "num_minibatches": 2,
     "update_epochs": 2,
     "hidden_size": 32,
-    "actor_hidden_size": 32,
     "critic_hidden_size": 32,
     "episodes_per_update": 4,
     # off-policy
