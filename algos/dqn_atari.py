@@ -8,7 +8,7 @@
 """Deep Q-network (DQN) for Atari games, with a replay buffer that keeps one copy of each frame.
 
     uv run dqn_atari.py --env-id ALE/Breakout-v5          # or: python dqn_atari.py
-    uv run dqn_atari.py --env-id ALE/Pong-v5 --total-timesteps 2000000 --exploration-fraction 0.1 --buffer-size 200000
+    uv run dqn_atari.py --env-id ALE/Pong-v5 --total-timesteps 2000000 --exploration-fraction .125 --buffer-size 500000
     uv run dqn_atari.py --resume runs/ALE-Breakout-v5__dqn_atari__1__...
     uv run dqn_atari.py --evaluate runs/ALE-Breakout-v5__dqn_atari__1__... --video
 
@@ -18,7 +18,7 @@ epsilon is annealed from the first step on, not after the random ones.
 
 Details that matter, besides those of dqn.py:
 - Preprocessing by ALE's vector environment, see `make_envs`. A step is 4 frames. Scores are those of whole games,
-  unclipped; the learner sees the sign of each reward and, with `--life-loss`, a termination at each lost life.
+  unclipped; the learner sees the sign of each reward, and a termination at each lost life only with `--life-loss`.
 - The replay buffer keeps frames, from which it rebuilds stacks: a million transitions take 7.1 GB instead of 56 GB.
 - The TD error is squared, not clipped as in the paper; Adam instead of RMSProp, with a constant learning rate.
 - The evaluation takes one action in 1,000 at random: a greedy agent can wait forever for a ball that it never serves.

@@ -8,15 +8,15 @@
 """Double DQN with prioritized experience replay (PER), for Atari games.
 
     uv run dqn_per_atari.py --env-id ALE/Breakout-v5      # or: python dqn_per_atari.py
-    uv run dqn_per_atari.py --env-id ALE/Pong-v5 --n-step 3 --dueling --total-timesteps 2000000 --buffer-size 200000
+    uv run dqn_per_atari.py --total-timesteps 2e6 --exploration-fraction .125 --buffer-size 500000 --n-step 3 --dueling
     uv run dqn_per_atari.py --resume runs/ALE-Breakout-v5__dqn_per_atari__1__...
     uv run dqn_per_atari.py --evaluate runs/ALE-Breakout-v5__dqn_per_atari__1__... --video
 
 Papers: van Hasselt et al. 2016 (Double DQN, arXiv:1509.06461); Schaul et al. 2016 (PER, arXiv:1511.05952); Wang et al.
-2016 (dueling networks, arXiv:1511.06581). The hyperparameters they share are those of dqn_atari.py.
+2016 (dueling networks, arXiv:1511.06581). Flags that dqn_atari.py has as well have its defaults.
 
 Details that matter, besides those of dqn_atari.py (Atari, frames) and dqn_per.py (priorities, windows): with
-`--dueling`, V(s) and A(s, a) have 512 hidden units each; gradients are neither rescaled nor clipped as in the paper.
+`--dueling`, V(s) and A(s, a) have 512 hidden units each; unlike in the paper, gradients are not rescaled or clipped.
 
 Not included: rank-based priorities, clipped TD errors, noisy or distributional networks.
 """

@@ -8,7 +8,7 @@
 """Parallelized Q-network (PQN) for Atari games: DQN without replay buffer and target network.
 
     uv run pqn_atari.py --env-id ALE/Breakout-v5          # or: python pqn_atari.py
-    uv run pqn_atari.py --num-envs 128 --num-minibatches 32 --total-timesteps 5e7 --checkpoint-every 2e6  # the paper's
+    uv run pqn_atari.py --num-envs 128 --num-minibatches 32 --total-timesteps 5e7 --checkpoint-every 2e6  # paper's size
     uv run pqn_atari.py --resume runs/ALE-Breakout-v5__pqn_atari__1__...
     uv run pqn_atari.py --evaluate runs/ALE-Breakout-v5__pqn_atari__1__... --video
 

@@ -140,7 +140,7 @@ class Agent(nn.Module):
 
     def __init__(self, envs: gym.vector.VectorEnv, args: Args) -> None:
         super().__init__()
-        linear = NoisyLinear if args.noisy else nn.Linear
+        linear = NoisyLinear if args.noisy else nn.Linear  # initial weights are PyTorch's, as in DeepMind's code
         if args.network == "nature":  # Mnih et al. 2015
             size = 64 * 7 * 7
             layers = [nn.Conv2d(4, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU(), nn.Conv2d(64, 64, 3)]
