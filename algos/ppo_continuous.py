@@ -8,7 +8,7 @@
 """Proximal Policy Optimization (PPO) for vector observations and continuous actions.
 
     uv run ppo_continuous.py                              # HalfCheetah-v5; or: python ppo_continuous.py
-    uv run ppo_continuous.py --env-id Pendulum-v1 --total-timesteps 300000 --learning-rate 1e-3 --gamma 0.95
+    uv run ppo_continuous.py --env-id Pendulum-v1 --learning-rate 1e-3 --gamma 0.95 --log-std-init -1
     uv run ppo_continuous.py --resume runs/HalfCheetah-v5__ppo_continuous__1__...
     uv run ppo_continuous.py --evaluate runs/HalfCheetah-v5__ppo_continuous__1__... --video
 

@@ -14,7 +14,7 @@
 
 Papers: Schulman et al. 2017 (PPO, arXiv:1707.06347) and 2016 (GAE, arXiv:1506.02438); Huang et al. 2022 (37 details).
 
-Details that matter, beyond those of ppo.py:
+Details that matter, besides those of ppo.py:
 - Observations end with a flag that is 1 at the first step of an episode. There the LSTM's state is reset to 0.
 - A minibatch is whole sequences of some environments, unrolled from the state with which the rollout began.
 - The final observation of a truncated episode is valued with the state that led to it, before the reset.
@@ -165,7 +165,7 @@ class Agent(nn.Module):
         logits, actor_state = self.actor(obs.unsqueeze(0), state[:2])
         _, critic_state = self.critic(obs.unsqueeze(0), state[2:])
         gumbel = -torch.empty_like(logits).exponential_().log()
-        actions = (logits + gumbel).argmax(-1)  # distributed as Categorical(logits=logits).sample(), but faster
+        actions = (logits + gumbel).argmax(-1)  # Gumbel-max: as Categorical(logits=logits).sample(), but faster
         return actions.squeeze(0), torch.cat([actor_state, critic_state])
 
     @torch.no_grad()

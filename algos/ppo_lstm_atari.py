@@ -15,7 +15,7 @@
 Papers: Schulman et al. 2017 (PPO, arXiv:1707.06347) and 2016 (GAE, arXiv:1506.02438); Mnih et al. 2015, Nature 518 (the
 convolutions); Machado et al. 2018 (sticky actions, arXiv:1709.06009); Huang et al. 2022 (37 details: LSTM, defaults).
 
-Details that matter, beyond those of ppo_atari.py and ppo_lstm.py:
+Details that matter, besides those of ppo_atari.py and ppo_lstm.py:
 - Policy and value share the convolutions and the LSTM. Rewards are clipped, so one gradient does not drown the other.
 - Observations begin with a plane that is 1 in the first step of a game. There the LSTM's state is reset to 0.
 - A lost life does not reset the state (in the code of Huang et al. it does): the game continues, and so does memory.

@@ -143,7 +143,7 @@ class Agent(nn.Module):
         """Actions sampled from the policy: (N, D) -> (N,)."""
         logits = self.actor(obs)
         gumbel = -torch.empty_like(logits).exponential_().log()
-        return (logits + gumbel).argmax(-1)  # distributed as Categorical(logits=logits).sample(), but faster
+        return (logits + gumbel).argmax(-1)  # Gumbel-max: as Categorical(logits=logits).sample(), but faster
 
     @torch.no_grad()
     def act(self, obs: Tensor) -> Tensor:
@@ -210,7 +210,8 @@ def gae(rewards, values, next_values, terminations, dones, gamma: float, gae_lam
 def returns_to_go(rewards: np.ndarray, last_value: float, gamma: float) -> np.ndarray:
     """G_t = r_t + gamma G_{t+1} of one whole episode, S&B eq. 3.9: (L,) -> (L,).
 
-    `last_value` is G after the last step: 0 after a termination, V(final obs) after a truncation.
+    `last_value` is G after the last step: 0 after a termination, V(final obs) after a truncation. Without a baseline,
+    or where V is added later (self-imitation), it is 0 in both cases.
     """
     returns, next_return = np.zeros(len(rewards), np.float32), last_value
     for t in reversed(range(len(rewards))):

@@ -209,8 +209,8 @@ def linear_schedule(start: float, end: float, duration: float, t: float) -> floa
 
 
 def quantile_huber_loss(quantiles: Tensor, targets: Tensor, kappa: float) -> Tensor:
-    """QR-DQN eq. 10, divided by kappa: quantiles (..., M) against every target (..., K), (...)."""
-    errors = targets.unsqueeze(-2) - quantiles.unsqueeze(-1)  # (B, M quantiles, M targets)
+    """QR-DQN eq. 10, divided by kappa: quantiles (..., M) against every target (..., K) -> (...)."""
+    errors = targets.unsqueeze(-2) - quantiles.unsqueeze(-1)  # (..., M quantiles, K targets)
     M = quantiles.shape[-1]
     fractions = (torch.arange(M, device=errors.device).unsqueeze(-1) + 0.5) / M  # midpoints, lemma 2
     weights = (fractions - (errors.detach() < 0).float()).abs()

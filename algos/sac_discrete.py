@@ -136,7 +136,7 @@ class Agent(nn.Module):
         """Actions sampled from the policy: (N, D) -> (N,)."""
         logits = self.actor(obs)
         gumbel = -torch.empty_like(logits).exponential_().log()
-        return (logits + gumbel).argmax(-1)  # distributed as Categorical(logits=logits).sample(), but faster
+        return (logits + gumbel).argmax(-1)  # Gumbel-max: as Categorical(logits=logits).sample(), but faster
 
     @torch.no_grad()
     def act(self, obs: Tensor) -> Tensor:

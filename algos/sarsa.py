@@ -13,7 +13,7 @@
     uv run sarsa.py --evaluate runs/CartPole-v1__sarsa__1__... --video
 
 Papers: Rummery & Niranjan 1994, "On-Line Q-Learning Using Connectionist Systems"; Sutton & Barto 2018, sections 6.4
-and 10.1 (S&B); Gallici et al. 2024 (layer normalization, arXiv:2407.04811).
+and 10.1 (S&B); Gallici et al. 2025 (layer normalization, arXiv:2407.04811).
 
 Details that matter:
 - The target is Q of the action that is really taken next: Q is the value of the exploring policy, not the greedy one.
@@ -117,7 +117,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def sample(self, obs: Tensor, exploration: str, amount: float) -> Tensor:
-        """Actions of the exploring policy: (B, D) -> (B,). `amount` is epsilon or the temperature tau (S&B 13.1)."""
+        """Actions of the exploring policy: (B, D) -> (B,). `amount` is epsilon or tau (S&B section 13.1)."""
         q_values = self(obs)
         if exploration == "boltzmann":
             gumbel = -torch.empty_like(q_values).exponential_().log()
