@@ -286,17 +286,20 @@ class SumTree:
         return nodes - self.first_leaf
 
 
-class Priorities:
-    """The priorities of the transitions in a FrameBuffer; rows without one have 0."""
+class PrioritizedBuffer(FrameBuffer):
+    """A FrameBuffer with a priority for each transition; rows that cannot be sampled have 0."""
 
-    def __init__(self, args: Args, size: int) -> None:
-        self.args, self.tree, self.largest, self.oldest = args, SumTree(size), np.ones(1), 0
+    def __init__(self, size: int, N: int) -> None:
+        super().__init__(size, N)
+        self.tree, self.largest, self.cleared = SumTree(self.size), np.ones(1), 0
+        self.arrays += [self.tree.sums, self.largest]  # these are saved
 
-    def add(self, replay: FrameBuffer) -> None:
-        """The newest transitions get the largest priority so far, forgotten ones 0."""
-        self.tree.set(np.arange(self.oldest, replay.oldest) % replay.size, np.zeros(1))
-        self.tree.set(np.arange(replay.added - replay.N, replay.added) % replay.size, self.largest)
-        self.oldest = replay.oldest
+    def add(self, *step) -> None:
+        super().add(*step)
+        forgotten = np.arange(max(self.cleared, self.added - self.size), self.oldest)
+        self.tree.set(forgotten % self.size, np.zeros(1))
+        self.tree.set(np.arange(self.added - self.N, self.added) % self.size, self.largest)
+        self.cleared = self.oldest
 
     def sample(self, batch_size: int, beta: float) -> tuple[np.ndarray, np.ndarray]:
         """Rows (B,), one from each of B equal shares of the total priority (PER section 3.3), and weights (B,)."""
@@ -305,18 +308,9 @@ class Priorities:
         priorities = self.tree.sums[self.tree.first_leaf + rows]
         return rows, ((priorities.min() / priorities) ** beta).astype(np.float32)  # (size P_i)^-beta / their maximum
 
-    def update(self, rows: np.ndarray, td_errors: np.ndarray) -> None:
-        """Set the priorities of `rows` (B,): (|TD error| + eps)^alpha, PER eq. 1."""
-        errors = np.nan_to_num(np.abs(td_errors), posinf=0).astype(np.float64)  # a diverged run is stopped by its log
-        priorities = (errors + self.args.per_eps) ** self.args.per_alpha
-        self.largest = np.maximum(self.largest, priorities.max())
+    def update(self, rows: np.ndarray, priorities: np.ndarray) -> None:
         self.tree.set(rows, priorities)
-
-    def state_dict(self) -> dict:
-        return {"sums": torch.from_numpy(self.tree.sums), "largest": self.largest.item(), "oldest": self.oldest}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.tree.sums[:], self.largest[:], self.oldest = state["sums"].numpy(), state["largest"], state["oldest"]
+        self.largest[:] = max(self.largest[0], priorities.max())
 
 
 def n_step_windows(replay: FrameBuffer, args: Args, rows: np.ndarray) -> list[np.ndarray]:
@@ -365,12 +359,11 @@ def train(args: Args) -> None:
     agent = Agent(envs, args).to(device)
     target = deepcopy(agent).requires_grad_(False)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1.5e-4, fused=True)
-    replay = FrameBuffer(args.buffer_size, N)
+    replay = PrioritizedBuffer(args.buffer_size, N)
     replay.start(obs)
     lives = np.zeros(N)
-    priorities = Priorities(args, replay.size)
     loss_fn = torch.compile(double_dqn_loss) if args.compile else double_dqn_loss
-    run = Run(args, agent=agent, target=target, optimizer=optimizer, replay=replay, priorities=priorities)
+    run = Run(args, agent=agent, target=target, optimizer=optimizer, replay=replay)
     global_step, history = run.start_step, []
 
     while global_step < args.total_timesteps:
@@ -394,18 +387,18 @@ def train(args: Args) -> None:
         lost_life = (infos["lives"] < lives) & ~truncations  # where a game ended, `lives` are the next game's
         terminations, lives = game_over | (lost_life & args.life_loss), infos["lives"]
         replay.add(actions, np.sign(rewards), terminations, game_over | truncations, obs, infos)
-        priorities.add(replay)
 
         # Learn. `global_step % frequency < N` is true once every `frequency` steps, although global_step advances by N
         if global_step > args.learning_starts and global_step % args.train_frequency < N:
             for _ in range(args.gradient_steps):
-                rows, weights = priorities.sample(args.batch_size, beta=args.per_beta + progress * (1 - args.per_beta))
+                rows, weights = replay.sample(args.batch_size, beta=args.per_beta + progress * (1 - args.per_beta))
                 batch = (torch.from_numpy(x).to(device) for x in (*n_step_windows(replay, args, rows), weights))
                 loss, td_errors, metrics = loss_fn(agent, target, *batch)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                priorities.update(rows, td_errors.cpu().numpy())
+                errors = np.nan_to_num(td_errors.abs().double().cpu().numpy(), posinf=0)  # its log ends a diverged run
+                replay.update(rows, (errors + args.per_eps) ** args.per_alpha)  # PER eq. 1
                 history.append(metrics)
         if global_step % args.target_network_frequency < N:
             target.load_state_dict(agent.state_dict())

@@ -11,7 +11,7 @@ from pathlib import Path
 
 ALGOS = Path(__file__).resolve().parent.parent / "algos"
 BANNER = "\n# ------------------- The run: "
-MAY_DIFFER = set("Args Agent Adapter Critics ReplayBuffer mlp make_envs train".split())
+MAY_DIFFER = set("Args Agent Adapter Critics ReplayBuffer PrioritizedBuffer mlp make_envs train".split())
 MAY_DIFFER |= set("a2c_loss ppo_loss critic_loss actor_loss".split())
 
 

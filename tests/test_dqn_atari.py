@@ -130,27 +130,31 @@ def test_samples_are_uniform(rng):
         np.testing.assert_array_equal(x, world.naive(name, k[which]))
 
 
-def test_priorities_are_of_what_can_be_sampled(tmp_path, rng):
+@pytest.mark.parametrize("script", PER)
+def test_priorities_are_of_what_can_be_sampled(script, tmp_path, rng):
     """Those of new transitions are the largest so far, those of forgotten ones 0; also after a checkpoint."""
-    args, world = make_args("dqn_per_atari", per_alpha=0.5, per_eps=0.25), World(per.FrameBuffer(60, 3), rng, 0.1, 0.05)
-    priorities, expected, largest = per.Priorities(args, 60), np.zeros(300), 1.0
+
+    def priorities_of(replay) -> np.ndarray:
+        return replay.tree.sums[replay.tree.first_leaf :][:60] if hasattr(replay, "tree") else replay.priorities
+
+    Buffer = load(script).PrioritizedBuffer
+    world, expected, largest = World(Buffer(60, 3), rng, 0.1, 0.05), {}, 1.0
     for step in range(80):
-        k, leaves = world.step(), np.zeros(60)
-        priorities.add(world.replay)
-        expected[k[-3:]] = largest
-        leaves[k % 60] = expected[k]
-        np.testing.assert_allclose(priorities.tree.sums[priorities.tree.first_leaf :][:60], leaves)
-        rows = np.unique(priorities.sample(16, 0.5)[0])
-        errors = rng.normal(size=len(rows)) * (1 + step / 20)
-        priorities.update(rows, errors)
-        expected[[k[k % 60 == row][0] for row in rows]] = (np.abs(errors) + 0.25) ** 0.5
-        largest = max(largest, expected[k].max())
-        if step % 9 == 0:
-            saved, priorities = through_a_file(priorities, tmp_path / "state"), per.Priorities(args, 60)
-            priorities.load_state_dict(saved)
-    p = priorities.tree.sums[priorities.tree.first_leaf :][:60] / priorities.tree.sums[1]
-    rows, weights = priorities.sample(20_000, 0.4)
-    assert fits(np.bincount(rows, minlength=60)[p > 0], p[p > 0])
+        if step % 9 == 8:
+            saved, world.replay = through_a_file(world.replay, tmp_path / "state"), Buffer(60, 3)
+            world.replay.load_state_dict(saved)
+        k, replay = world.step(), world.replay
+        expected = {x: expected.get(x, largest) for x in k.tolist()}
+        found = priorities_of(replay)
+        np.testing.assert_allclose(found[k % 60], list(expected.values()))
+        assert np.count_nonzero(found) == len(k)
+        rows, priorities = replay.sample(16, 0.5)[0], rng.random(16) * (1 + step / 20)
+        replay.update(rows, priorities)
+        expected |= {x: found[x % 60] for x in k.tolist() if x % 60 in rows}
+        largest = max(largest, priorities.max())
+    rows, weights = replay.sample(20_000, 0.4)
+    p = found / found.sum()
+    assert fits(np.bincount(rows, minlength=60)[p > 0], p[p > 0]) and (p[rows] > 0).all()
     np.testing.assert_allclose(weights, (p[rows] / p[p > 0].min()) ** -0.4, rtol=1e-5)
 
 
@@ -228,13 +232,13 @@ def test_priorities_follow_the_errors(train, games, spy):
     """Weights and new priorities belong to the rows of each update; beta is annealed to 1."""
     games("dqn_per_atari", FakeGames)
     losses = spy(per, "double_dqn_loss")
-    samples, updates = (spy(per.Priorities, name) for name in ("sample", "update"))
+    samples, updates = (spy(per.PrioritizedBuffer, name) for name in ("sample", "update"))
     flags = {"num_envs": 2, "train_frequency": 2, "learning_starts": 0, "total_timesteps": 40}
-    train("dqn_per_atari", per_beta=0.4, **flags)
+    train("dqn_per_atari", per_beta=0.4, per_alpha=0.3, per_eps=0.01, **flags)
     assert [x["beta"] for x, _ in samples] == pytest.approx(np.linspace(0.4, 1, 21)[:-1])
     for (batch, (_, errors, _)), (update, _), (_, (rows, weights)) in zip(losses, updates, samples, strict=True):
         assert update["rows"] is rows
-        np.testing.assert_array_equal(update["td_errors"], errors)
+        np.testing.assert_allclose(update["priorities"], (errors.abs().numpy() + 0.01) ** 0.3, rtol=1e-4)
         np.testing.assert_array_equal(batch["weights"], weights)
 
 

@@ -1,4 +1,4 @@
-"""Rainbow: its loss, layers, and priorities. What it shares with DQN on Atari is tested in test_dqn_atari.py."""
+"""Rainbow: its loss, layers, and new priorities. What it shares with DQN on Atari is tested in test_dqn_atari.py."""
 
 import math
 
@@ -7,8 +7,7 @@ import pytest
 import torch
 from conftest import load, make_agent
 from environments import FakeGames
-from test_dqn import assert_same_gradient, fits, through_a_file
-from test_dqn_atari import World
+from test_dqn import assert_same_gradient
 from test_ppo import inputs
 from test_simbav2 import by_loops
 
@@ -68,27 +67,6 @@ def test_the_network(network, rng):
     convolutions = [(x.in_channels, x.out_channels) for x in agent.modules() if isinstance(x, torch.nn.Conv2d)]
     impala = [(4, 16), *[(16, 16)] * 4, (16, 32), *[(32, 32)] * 9]
     assert convolutions == {"nature": [(4, 32), (32, 64), (64, 64)], "impala": impala}[network]
-
-
-def test_priorities_are_of_what_can_be_sampled(tmp_path, rng):
-    """Those of new transitions are the largest so far, those of forgotten ones 0; also after a checkpoint."""
-    world, other, expected, largest = World(Buffer(60, 3), rng, 0.1, 0.05), Buffer(60, 3), {}, 1.0
-    for step in range(80):
-        if step % 9 == 8:
-            other.load_state_dict(through_a_file(world.replay, tmp_path / "state"))
-            world.replay, other = other, world.replay
-        k, replay = world.step(), world.replay
-        expected = {x: expected.get(x, largest) for x in k.tolist()}
-        assert replay.priorities[k % 60].tolist() == list(expected.values())
-        assert np.count_nonzero(replay.priorities) == len(k)
-        rows, priorities = replay.sample(16, 0.5)[0], rng.random(16) * (1 + step / 20)
-        replay.update(rows, priorities)
-        expected |= {x: replay.priorities[x % 60] for x in k.tolist() if x % 60 in rows}
-        largest = max(largest, priorities.max())
-    rows, weights = replay.sample(20_000, 0.4)
-    p = replay.priorities / replay.priorities.sum()
-    assert fits(np.bincount(rows, minlength=60)[p > 0], p[p > 0]) and (p[rows] > 0).all()
-    np.testing.assert_allclose(weights, (p[rows] / p[p > 0].min()) ** -0.4, rtol=1e-5)
 
 
 def test_priorities_follow_the_divergences(train, monkeypatch, spy):
